@@ -1,0 +1,248 @@
+"""Who gets which rank and which device: the policies of a recipe, and the plans that methods share.
+
+A policy is a function of the clients and a generator; its keyword arguments are what a recipe can set. Ranks
+are drawn once per run and stored, never per round: runs with redrawn ranks cannot be compared.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from math import inf
+from typing import Literal
+
+import numpy as np
+
+from anyrank.errors import ConfigError
+from anyrank.federation import Device, Plan, Spec, State
+
+__all__ = [
+    "RANK_POLICIES",
+    "Candidate",
+    "at_own_rank",
+    "at_rank",
+    "data_size",
+    "deal_classes",
+    "listed",
+    "ordered",
+    "per_class",
+    "power_law",
+    "ratios",
+]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A client that is to get a rank.
+
+    Args:
+        client: its name.
+        kind: its device class.
+        num_examples: its training examples.
+        class_rank: the rank that its device class names, if any.
+    """
+
+    client: str
+    kind: str
+    num_examples: int
+    class_rank: int | None
+
+
+def per_class(clients: Sequence[Candidate], rng: np.random.Generator) -> dict[str, int]:
+    """Each client trains at the rank that its device class names.
+
+    Raises:
+        ConfigError: a class names no rank, or one below 1.
+    """
+    silent = sorted({client.kind for client in clients if client.class_rank is None})
+    if silent:
+        raise ConfigError(
+            [f"device class {kind!r}: has no rank; give it one, or choose another rank policy" for kind in silent]
+        )
+    low = sorted({(c.kind, c.class_rank) for c in clients if c.class_rank is not None and c.class_rank < 1})
+    if low:
+        raise ConfigError([f"device class {kind!r}: rank is {rank}; expected at least 1" for kind, rank in low])
+    return {client.client: client.class_rank for client in clients if client.class_rank is not None}
+
+
+def listed(clients: Sequence[Candidate], rng: np.random.Generator, *, values: Sequence[int]) -> dict[str, int]:
+    """A rank for each client, in the order of the clients.
+
+    Args:
+        clients: who gets a rank.
+        rng: not used.
+        values: as many ranks as there are clients.
+
+    Raises:
+        ConfigError: another number of ranks, or a rank below 1.
+    """
+    problems = [
+        f"ranks, position {position}: rank is {value}; expected at least 1"
+        for position, value in enumerate(values, start=1)
+        if value < 1
+    ]
+    if len(values) != len(clients):
+        problems.append(f"ranks: {len(values)} values for {len(clients)} clients; give one rank for each client")
+    if problems:
+        raise ConfigError(problems)
+    return {client.client: value for client, value in zip(clients, values, strict=True)}
+
+
+def data_size(clients: Sequence[Candidate], rng: np.random.Generator, *, largest: int = 8) -> dict[str, int]:
+    """More data, more rank: the share of clients with no more examples than this one, times the largest rank.
+
+    The rule of HLoRA's prototype (arXiv 2503.00813): `r_k = max(1, floor(share * largest))`.
+
+    Args:
+        clients: who gets a rank.
+        rng: not used.
+        largest: rank of the client with the most examples.
+
+    Raises:
+        ConfigError: a largest rank below 1.
+    """
+    if largest < 1:
+        raise ConfigError(f"largest: expected a rank of at least 1, got {largest}")
+    sizes = [client.num_examples for client in clients]
+    covered = {size: sum(other <= size for other in sizes) for size in set(sizes)}
+    return {c.client: max(1, covered[c.num_examples] * largest // len(sizes)) for c in clients}
+
+
+def power_law(
+    clients: Sequence[Candidate],
+    rng: np.random.Generator,
+    *,
+    smallest: int = 5,
+    largest: int = 50,
+    alpha: float = 0.1,
+) -> dict[str, int]:
+    """Ranks drawn from a truncated power law, `P(r) ∝ r^(alpha - 1)`, most of them small for `alpha` below 1.
+
+    The defaults are HetLoRA's range and exponent (arXiv 2401.06432).
+
+    Args:
+        clients: who gets a rank.
+        rng: where the draws come from.
+        smallest: lowest rank that can be drawn.
+        largest: highest rank that can be drawn.
+        alpha: exponent plus one; 1 draws uniformly.
+
+    Raises:
+        ConfigError: an empty range, a rank below 1, or an exponent that is not finite.
+    """
+    problems = []
+    if not 1 <= smallest <= largest:
+        problems.append(f"smallest, largest: expected 1 <= smallest <= largest, got {smallest} and {largest}")
+    if not -inf < alpha < inf:
+        problems.append(f"alpha: expected a finite number, got {alpha}")
+    if problems:
+        raise ConfigError(problems)
+    ranks = np.arange(smallest, largest + 1)
+    logs = (alpha - 1) * np.log(ranks)
+    weights = np.exp(logs - logs.max())
+    drawn = rng.choice(ranks, size=len(clients), p=weights / weights.sum())
+    return {client.client: int(rank) for client, rank in zip(clients, drawn, strict=True)}
+
+
+def ratios(
+    clients: Sequence[Candidate], rng: np.random.Generator, *, values: Sequence[float], of: int
+) -> dict[str, int]:
+    """Shares of a full rank, dealt to the clients in their order and again from the first when they run out.
+
+    RBLA's rule (arXiv 2408.08699): `r_k = max(1, int(ratio * of))`.
+
+    Args:
+        clients: who gets a rank.
+        rng: not used.
+        values: shares above 0, up to 1.
+        of: the full rank.
+
+    Raises:
+        ConfigError: no shares, one out of range, or a full rank below 1.
+    """
+    problems = [f"values: expected shares above 0, up to 1, got {value}" for value in values if not 0 < value <= 1]
+    if not values:
+        problems.append("values: expected at least one share, got none")
+    if of < 1:
+        problems.append(f"of: expected a full rank of at least 1, got {of}")
+    if problems:
+        raise ConfigError(problems)
+    # 0.29 * 100 is 28.999999999999996: without the small term a share of exactly 29 would lose a rank.
+    return {
+        client.client: max(1, int(ratio * of + 1e-9)) for client, ratio in zip(clients, cycle(values), strict=False)
+    }
+
+
+RANK_POLICIES: Mapping[str, Callable[..., dict[str, int]]] = {
+    "per_class": per_class,
+    "list": listed,
+    "data_size": data_size,
+    "power_law": power_law,
+    "ratios": ratios,
+}
+"""Rank policies by the name a recipe uses; each one's keyword-only arguments are its settings."""
+
+
+def ordered(
+    ranks: Mapping[str, int],
+    sizes: Mapping[str, int],
+    *,
+    order: Literal["as_drawn", "with_data", "against_data"],
+) -> dict[str, int]:
+    """Deal the same ranks again, the larger ones to clients with more data or with less.
+
+    Args:
+        ranks: rank by client.
+        sizes: training examples by client.
+        order: `with_data` (more data, more rank), `against_data`, or `as_drawn` (unchanged). Among clients of
+            equal size the later name gets the larger rank.
+    """
+    if order == "as_drawn":
+        return dict(ranks)
+    sign = 1 if order == "with_data" else -1
+    clients = sorted(ranks, key=lambda client: (sign * sizes[client], client))
+    dealt = dict(zip(clients, sorted(ranks.values()), strict=True))
+    return {client: dealt[client] for client in ranks}
+
+
+def deal_classes(clients: Sequence[str], shares: Mapping[str, float], rng: np.random.Generator) -> dict[str, str]:
+    """Give each client a device class, in exactly the rounded proportions (largest remainder), shuffled.
+
+    Args:
+        clients: names.
+        shares: proportion of each class; they are divided by their sum.
+        rng: where the shuffle comes from.
+
+    Raises:
+        ConfigError: no classes, or a share that is not above 0.
+    """
+    problems = [
+        f"device class {kind!r}: share is {share}; expected a number above 0"
+        for kind, share in shares.items()
+        if not 0 < share < inf
+    ]
+    if problems or not shares:
+        raise ConfigError(problems or "device classes: expected at least one, got none")
+    kinds = list(_rounded(shares, len(clients)).elements())
+    return {client: kinds[position] for client, position in zip(clients, rng.permutation(len(kinds)), strict=True)}
+
+
+def _rounded(shares: Mapping[str, float], count: int) -> Counter[str]:
+    """Whole numbers in proportion to the shares, `count` in all; of equal remainders the earlier wins."""
+    total = sum(shares.values())
+    exact = {kind: count * share / total for kind, share in shares.items()}
+    whole = Counter({kind: int(quota) for kind, quota in exact.items()})
+    # Rounded, so that 0.1 + 0.2 style noise does not decide between equal remainders.
+    by_remainder = sorted(exact, key=lambda kind: -round(exact[kind] - whole[kind], 9))
+    whole.update(by_remainder[: count - whole.total()])
+    return whole
+
+
+def at_rank(spec: Spec, device: Device, rank: int) -> Plan:
+    """A plan that trains every layer at one rank."""
+    return Plan(device.client, {layer.name: rank for layer in spec.layers}, device.steps)
+
+
+def at_own_rank(state: State, devices: Sequence[Device]) -> list[Plan]:
+    """Everyone trains every layer at the rank its device affords."""
+    return [at_rank(state.spec, device, device.rank) for device in devices]

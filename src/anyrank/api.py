@@ -1,0 +1,407 @@
+"""What anyrank can do: play a recipe, continue a run, look at a recipe beforehand, export from a run afterwards.
+
+The engine plays the rounds; this file keeps what happens in the run folder.
+"""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anyrank import config, data, hf, lowrank
+from anyrank.adapter import Adapter
+from anyrank.clock import Clock
+from anyrank.config import Recipe
+from anyrank.device import compute_seconds, memory_bytes
+from anyrank.engine import Evaluation, Federation, Progress, rounds
+from anyrank.errors import ConfigError, RecordError
+from anyrank.federation import Device, Failure, Plan, Update
+from anyrank.job import CHOICES, Job, load_recipe, prepare, with_baseline
+from anyrank.pretrained import Pretrained
+from anyrank.record import RunFolder
+from anyrank.seeding import generator
+from anyrank.train import evaluate
+from anyrank.transport import InProcess
+from anyrank.wire import nbytes
+
+__all__ = ["Demand", "Observer", "check", "export", "load_recipe", "resume", "run"]
+
+_VERSIONED = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors", "tokenizers")
+_EXTENSIBLE = ("rounds", "evaluate.target", "evaluate.stop_at_target")
+
+
+class Observer:
+    """What a run tells whoever watches. Does nothing by itself; replace the methods of interest."""
+
+    def started(self, job: Job, folder: RunFolder, progress: Progress) -> None:
+        """A run (or a compared baseline) begins or continues."""
+
+    def replied(self, reply: Update | Failure) -> None:
+        """A client of the running round replied."""
+
+    def finished_round(self, record: Mapping[str, Any]) -> None:
+        """A round is over and on disk."""
+
+
+# --- playing ------------------------------------------------------------------------------------------------------
+
+
+def run(recipe: Recipe, out: Path, *, observer: Observer | None = None, command: str = "") -> RunFolder:
+    """Play a recipe into a new run folder, and the baselines it compares with after it.
+
+    Args:
+        recipe: what `load_recipe` returns.
+        out: a folder that does not exist or is empty.
+        observer: is told what happens.
+        command: how the run was started, for the record.
+
+    Raises:
+        ConfigError: the recipe does not fit its data or model.
+        RecordError: `out` is occupied.
+        RoundFailed: a round without a valid update; the checkpoint before it is kept.
+    """
+    RunFolder.check_free(out)
+    job = prepare(recipe)
+    folder = RunFolder.create(out, _info(job, command))
+    _play(job, folder, observer or Observer())
+    _compare(job, folder, observer or Observer())
+    return folder
+
+
+def resume(
+    out: Path, *, overrides: Sequence[str] | Mapping[str, Any] = (), observer: Observer | None = None
+) -> RunFolder:
+    """Continue a run from its last checkpoint, to the same bytes as if it had never stopped.
+
+    Args:
+        out: the run folder.
+        overrides: more `rounds`, or a target; nothing else may change.
+        observer: is told what happens.
+
+    Raises:
+        RecordError: no run there, or its data, fleet or format is not what it was.
+        ConfigError: an override that would make it another run.
+    """
+    folder = RunFolder.open(out)
+    values = overrides if isinstance(overrides, Mapping) else config.parse_overrides(overrides)
+    recipe = _extended(folder, values)
+    job = prepare(recipe)
+    _check_same(job, folder)
+    folder.update_info(recipe=recipe.model_dump(mode="json"), rounds=job.cohort.rounds)
+    _play(job, folder, observer or Observer())
+    _compare(job, folder, observer or Observer())
+    return folder
+
+
+def _extended(folder: RunFolder, overrides: Mapping[str, Any]) -> Recipe:
+    refused = [key for key in overrides if key not in _EXTENSIBLE]
+    if refused:
+        raise ConfigError(
+            f"--set {', '.join(refused)}: a run that is resumed may change only {', '.join(_EXTENSIBLE)}. "
+            "Start a new run for anything else."
+        )
+    recipe = config.resolve(folder.info["recipe"], overrides, CHOICES)
+    if recipe.baseline == "centralised" and "rounds" in overrides:
+        raise ConfigError("--set rounds: a centralised run has one round; start a new one with other rounds.")
+    done = len(folder.records())
+    if recipe.rounds < done:
+        raise ConfigError(f"--set rounds={recipe.rounds}: {folder.path} already has {done} rounds.")
+    return recipe.model_copy(update={"threads": folder.info["machine"]["threads"]})
+
+
+def _check_same(job: Job, folder: RunFolder) -> None:
+    then, now = folder.info["data"]["fingerprint"], job.examples.fingerprint
+    if then != now:
+        raise RecordError(
+            f"{folder.path} was started on other data: fingerprint {then[:12]}, now {now[:12]}. "
+            "Bring the data back as it was, or start a new run."
+        )
+    if folder.info["fleet"] != _described(job.cohort.fleet):
+        raise RecordError(f"{folder.path}: the fleet is not the one the run was started with.")
+
+
+def _play(job: Job, folder: RunFolder, observer: Observer) -> None:
+    progress = folder.load(job.spec, job.cohort.fleet)
+    progress = progress or Progress(job.method.init(job.spec), job.cohort.fleet)
+    observer.started(job, folder, progress)
+    with _deterministic():
+        began = time.perf_counter()
+        for progress in rounds(_federation(job, observer), progress):  # noqa: B020 - the last one is the result
+            folder.save(progress, real_seconds=time.perf_counter() - began)
+            observer.finished_round(progress.record)
+            began = time.perf_counter()
+    _save_adapters(job, folder, progress)
+
+
+def _federation(job: Job, observer: Observer) -> Federation:
+    recipe = job.recipe
+    return Federation(
+        method=job.method,
+        transport=InProcess(
+            model=job.model,
+            method=job.method,
+            training=job.training,
+            data=job.encoded,
+            shards=job.cohort.shards,
+            held_out=recipe.data.held_out,
+            seed=recipe.seed,
+        ),
+        clock=Clock(**recipe.clock.model_dump(), seed=recipe.seed),
+        compute_seconds=partial(compute_seconds, model=job.cost, layers=job.spec.layers),
+        score=lambda adapter: evaluate(job.model, adapter, job.test, training=job.training),
+        per_round=job.cohort.per_round,
+        rounds=job.cohort.rounds,
+        norm_limit=recipe.server.norm_limit,
+        evaluation=Evaluation(**recipe.evaluate.model_dump()),
+        seed=recipe.seed,
+        notify=observer.replied,
+    )
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """Have torch refuse operations whose result can differ from run to run."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _compare(job: Job, folder: RunFolder, observer: Observer) -> None:
+    """Play the baselines that the recipe compares with, each in a run folder of its own."""
+    for name in job.recipe.compare:
+        out = folder.path / "compare" / name
+        baseline = with_baseline(job, name)
+        _play(baseline, _nested(out, baseline) or RunFolder.create(out, _info(baseline, "")), observer)
+
+
+def _nested(out: Path, job: Job) -> RunFolder | None:
+    """The baseline's run folder, if it was begun; one from before the run was extended is removed."""
+    if not (out / "run.json").exists():
+        return None
+    folder = RunFolder.open(out)
+    if folder.info["recipe"] == job.recipe.model_dump(mode="json"):
+        return folder
+    shutil.rmtree(out)
+    return None
+
+
+# --- what is written down -----------------------------------------------------------------------------------------
+
+
+def _info(job: Job, command: str) -> dict[str, Any]:
+    return {
+        "anyrank": importlib.metadata.version("anyrank"),
+        "command": command,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "recipe": job.recipe.model_dump(mode="json"),
+        "rounds": job.cohort.rounds,
+        "method": job.cohort.method,
+        "versions": {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in _VERSIONED},
+        "machine": {
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "commit": _commit(),
+        "base": job.base.name,
+        "data": {
+            "fingerprint": job.examples.fingerprint,
+            "train": len(job.examples.train),
+            "test": len(job.examples.test),
+            "label_names": list(job.examples.label_names),
+        },
+        "references": {"majority": data.majority(job.examples), "overlap": data.overlap(job.examples)},
+        "fleet": _described(job.cohort.fleet),
+        "modules_to_save": job.model.modules_to_save,
+    }
+
+
+def _described(fleet: Mapping[str, Device]) -> dict[str, Any]:
+    return {c: {"kind": d.kind, "rank": d.rank, "num_examples": d.num_examples} for c, d in fleet.items()}
+
+
+def _commit() -> str | None:
+    """The commit that anyrank itself runs from, `+` after it if files were changed; None for an installed package."""
+    here = Path(__file__).parent
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        git = partial(subprocess.run, cwd=here, capture_output=True, text=True, check=True)
+        tracked = git(["git", "ls-files", "--error-unmatch", Path(__file__).name])
+        head = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+        return head + "+" * bool(tracked and git(["git", "status", "--porcelain", "."]).stdout)
+    return None
+
+
+def _save_adapters(job: Job, folder: RunFolder, progress: Progress) -> None:
+    if not job.method.claims.personal:
+        _save_adapter(folder, folder.path / "adapter", progress.state.adapter, job.base)
+        return
+    for name, adapter in progress.state.extra.items():
+        if name.startswith("client "):
+            _save_adapter(folder, folder.path / "clients" / name.removeprefix("client "), adapter, job.base)
+
+
+def _save_adapter(folder: RunFolder, out: Path, adapter: Adapter, base: Pretrained) -> None:
+    hf.write_adapter(
+        out,
+        adapter,
+        scale=folder.info["recipe"]["lora"]["scale"],
+        base=base,
+        modules_to_save=folder.info["modules_to_save"],
+        label_names=folder.info["data"]["label_names"],
+        card=_card(folder, adapter, base),
+    )
+
+
+def _card(folder: RunFolder, adapter: Adapter, base: Pretrained) -> str:
+    """A model card: what it is, how it came about, how to load it."""
+    info = folder.info
+    labels = info["data"]["label_names"]
+    accuracy = folder.records()[-1]["accuracy"]
+    reached = (
+        ""
+        if accuracy is None
+        else f" It reached an accuracy of {accuracy:.4f} on {info['data']['test']} test examples."
+    )
+    return f"""---
+base_model: {base.name}
+library_name: peft
+tags: [lora, federated-learning, anyrank]
+---
+
+# A LoRA adapter of rank {max(adapter.ranks.values())} for {base.name}
+
+Trained by anyrank {info["anyrank"]} with the method `{info["method"]}` over {len(info["fleet"])} clients on
+`{info["recipe"]["data"]["source"]}` ({info["data"]["train"]} training examples).{reached}
+Labels: {", ".join(f"{i} = {name}" for i, name in enumerate(labels))}.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+base = AutoModelForSequenceClassification.from_pretrained("{base.name}", num_labels={len(labels)})
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+"""
+
+
+# --- looking before and after -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a run asks of one device class at one rank, per round and client (the one with the most steps).
+
+    Args:
+        kind: device class.
+        rank: of its adapters.
+        clients: how many such clients there are.
+        trainable: parameters trained, the head included.
+        memory_bytes: needed, by estimate.
+        available_bytes: on the device.
+        message_bytes: down, and again up.
+        steps: local steps.
+        seconds: simulated, for computing and both transfers.
+    """
+
+    kind: str
+    rank: int
+    clients: int
+    trainable: int
+    memory_bytes: int
+    available_bytes: float
+    message_bytes: int
+    steps: int
+    seconds: float
+
+
+def check(recipe: Recipe) -> tuple[list[Demand], list[str]]:
+    """What a recipe would ask of each device class, and remarks, without training.
+
+    Raises:
+        ConfigError: whatever would stop the run.
+    """
+    job = prepare(recipe)
+    state = job.method.init(job.spec)
+    groups: dict[tuple[str, int], list[tuple[Device, Plan]]] = {}
+    for device, plan in zip(fleet := list(job.cohort.fleet.values()), job.method.assign(state, fleet), strict=True):
+        groups.setdefault((device.kind, max(plan.ranks.values())), []).append((device, plan))
+    demands = []
+    for (kind, rank), members in sorted(groups.items(), key=lambda item: item[0][::-1]):
+        device, plan = max(members, key=lambda member: member[1].steps)
+        start = job.method.dispatch(state, plan)
+        size = nbytes(start)
+        compute = compute_seconds(plan, device, model=job.cost, layers=job.spec.layers)
+        demands.append(
+            Demand(
+                kind=kind,
+                rank=rank,
+                clients=len(members),
+                trainable=start.num_parameters,
+                memory_bytes=memory_bytes(
+                    plan, model=job.cost, layers=job.spec.layers, dense_parameters=job.dense_parameters
+                ),
+                available_bytes=device.profile.memory_bytes,
+                message_bytes=size,
+                steps=plan.steps,
+                seconds=compute + size / device.profile.down_bps + size / device.profile.up_bps,
+            )
+        )
+    return demands, _remarks(job, demands)
+
+
+def _remarks(job: Job, demands: Sequence[Demand]) -> list[str]:
+    remarks = []
+    narrow = min(min(layer.d_in, layer.d_out) for layer in job.spec.layers)
+    if job.spec.levels[-1] > narrow:
+        remarks.append(
+            f"rank {job.spec.levels[-1]} is above {narrow}, the smaller side of a layer: more slots than its product can use"
+        )
+    if not job.method.claims.mixed_ranks and len(job.spec.levels) > 1:
+        remarks.append(
+            f"{job.cohort.method} has no mixed ranks: everyone trains at rank {demands[0].rank}, the smallest of the fleet"
+        )
+    return remarks
+
+
+def export(source: Path, rank: int, out: Path) -> Adapter:
+    """Write the best approximation at one rank of a finished run's global adapter, as a PEFT directory.
+
+    Args:
+        source: a finished run folder.
+        rank: from 1 to the run's own rank.
+        out: a folder that does not exist or is empty.
+
+    Raises:
+        RecordError: the run is not finished, has no global adapter, or `out` is occupied.
+        ConfigError: a rank out of range.
+    """
+    folder = RunFolder.open(source)
+    RunFolder.check_free(out)
+    if not (source / "adapter").is_dir():
+        raise RecordError(f"{source} has no adapter yet: finish it with `anyrank run --resume {source}`.")
+    adapter = folder.final_adapter()
+    largest = max(adapter.ranks.values())
+    if not 1 <= rank <= largest:
+        raise ConfigError(f"--rank {rank}: expected a rank from 1 to {largest}, the rank of the run's adapter.")
+    layers = {
+        name: lowrank.svd(part, rank, generator(folder.info["recipe"]["seed"], "export", name))
+        for name, part in adapter.layers.items()
+    }
+    small = Adapter(layers, adapter.dense)
+    _save_adapter(folder, out, small, Pretrained(folder.info["base"], folder.info["base"]))
+    return small

@@ -1,0 +1,161 @@
+"""The command line. Thin: it parses, calls the Python API, prints, and turns errors into exit codes.
+
+Exit codes: 0 done, 1 a run or a folder failed, 2 a wrong recipe or option, 130 interrupted.
+"""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from anyrank.errors import AnyrankError, ConfigError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Federated LoRA fine-tuning in which every client trains at the rank its device can afford.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+_errors = Console(stderr=True)
+
+RecipeFile = Annotated[
+    Path | None, typer.Argument(metavar="[RECIPE]", help="A TOML recipe; the embedded default if left out.")
+]
+Settings = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, such as method.name=rbla. Repeatable."),
+]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option(help="Show tracebacks of errors.")] = False,
+) -> None:
+    _Debug.on = debug
+
+
+class _Debug:
+    on = False
+
+
+@app.command()
+def run(
+    recipe: RecipeFile = None,
+    settings: Settings = [],  # noqa: B006 - typer copies it
+    out: Annotated[Path | None, typer.Option(help="The run folder; by default the next free one in runs/.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Continue the run in this folder.")] = None,
+) -> None:
+    """Fine-tune a model across devices of different ranks."""
+    if resume and (recipe or out):
+        raise ConfigError("--resume continues a run with its own recipe in its own folder; leave out RECIPE and --out.")
+    from anyrank import api
+    from anyrank.display import LiveObserver, summary
+
+    with LiveObserver(console) as observer:
+        try:
+            if resume:
+                folder = api.resume(resume, overrides=settings, observer=observer)
+            else:
+                loaded = api.load_recipe(recipe, settings)
+                out = out or _next_free(loaded.baseline or loaded.method["name"])
+                folder = api.run(loaded, out, observer=observer, command=shlex.join(["anyrank", *sys.argv[1:]]))
+        except KeyboardInterrupt:
+            started = resume or out
+            if started and (started / "run.json").exists():
+                _errors.print(f"\nStopped. Continue with: anyrank run --resume {started}", highlight=False)
+            raise
+    console.print(*summary(folder), sep="\n")
+    console.print(f"\nRun folder: {folder.path}\nReport:     anyrank report {folder.path}", highlight=False)
+
+
+def _next_free(name: str) -> Path:
+    number = 1
+    while (path := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return path
+
+
+@app.command()
+def check(recipe: RecipeFile = None, settings: Settings = []) -> None:  # noqa: B006
+    """Show what a recipe asks of each device class, without training."""
+    from anyrank import api
+    from anyrank.display import demand_table
+
+    demands, remarks = api.check(api.load_recipe(recipe, settings))
+    console.print(demand_table(demands, recipe or "embedded default"))
+    for remark in remarks:
+        console.print(f"note: {remark}", highlight=False)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, with its hyperparameters.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """List the methods and what they promise."""
+    from anyrank.methods import METHODS, describe
+
+    if name and name not in METHODS:
+        raise ConfigError(f"there is no method {name!r}; there are: {', '.join(METHODS)}.")
+    described = [describe(each) for each in ([name] if name else METHODS)]
+    if as_json:
+        typer.echo(json.dumps(described[0] if name else described, indent=2))
+    elif name:
+        console.print(described[0]["text"], highlight=False, markup=False)
+        for argument, default in described[0]["arguments"].items():
+            console.print(f"  method.{argument} = {default}", highlight=False)
+    else:
+        table = Table(
+            "method", "paper", "mixed ranks", "exact", "works on", "keeps no-op rounds", "server cost a layer"
+        )
+        for row in described:
+            flags = ["yes" if row[key] else "" for key in ("mixed_ranks", "exact", "keeps_no_op")]
+            table.add_row(row["name"], row["paper"], flags[0], flags[1], row["space"] + "s", flags[2], row["cost"])
+        console.print(table)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page about one or more runs."""
+    from anyrank.report import render
+
+    page = render(folders)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page, encoding="utf-8")
+    console.print(f"Report: {output}", highlight=False)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished run.")],
+    rank: Annotated[int, typer.Option(help="Rank of the exported adapter.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A new folder.")],
+) -> None:
+    """Write the best adapter of one rank from a finished run, as a PEFT directory."""
+    from anyrank import api
+
+    adapter = api.export(folder, rank, output)
+    console.print(f"Adapter of rank {rank}, {adapter.num_parameters:,} parameters: {output}", highlight=False)
+
+
+def main() -> None:
+    """Entry point: errors of ours become one message and an exit code."""
+    try:
+        app()
+    except AnyrankError as error:
+        if _Debug.on:
+            raise
+        _errors.print("[bold red]error:[/bold red] ", end="")
+        _errors.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -1,0 +1,271 @@
+"""Recipes: TOML files with overrides, checked as a whole before anything is loaded.
+
+Unknown keys are errors. All problems of a recipe are reported at once. A table that chooses something by `name` (`method`,
+`partition`, `ranks`) accepts as further keys the keyword-only arguments of the chosen function: its signature is its schema.
+"""
+
+import inspect
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+
+from anyrank.errors import ConfigError
+from anyrank.federation import Profile
+
+__all__ = ["Baseline", "Choices", "Recipe", "load", "parse_overrides", "resolve"]
+
+Baseline = Literal["centralised", "local_only", "homogeneous_smallest", "homogeneous_largest", "strong_only"]
+
+Choices = Mapping[str, Mapping[str, Callable[..., Any]]]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelTable(_Table):
+    """`[model]`: the base model."""
+
+    name: str = Field(min_length=1)
+
+
+class DataTable(_Table):
+    """`[data]`: the examples."""
+
+    source: str = Field(min_length=1)
+    text: Annotated[list[str], Field(min_length=1, max_length=2)] = ["signature", "docstring"]
+    label: str = "label"
+    test: str | None = None
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    held_out: Share = 0.1
+    max_length: Annotated[int, Field(ge=2)] = 128
+
+
+class LoraTable(_Table):
+    """`[lora]`: what is adapted, and how strongly."""
+
+    scale: Positive = 2.0
+    target_modules: list[str] | None = None
+    modules_to_save: list[str] | None = None
+    start: str | None = None
+
+
+class TrainTable(_Table):
+    """`[train]`: local training on every client."""
+
+    learning_rate: Positive = 2e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    batch_size: Count = 16
+    epochs: Count | None = None
+    steps: Count | None = None
+    prox_mu: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("epochs and steps are both given; keep one")
+        return self
+
+
+class ServerTable(_Table):
+    """`[server]`: the step after aggregation, and what is let in."""
+
+    learning_rate: Positive = 1.0
+    momentum: Share = 0.0
+    norm_limit: Annotated[float, Field(gt=1)] = 1000.0
+
+
+class ClassTable(_Table):
+    """`[fleet.classes.NAME]`: a device class."""
+
+    device: str
+    share: Positive = 1.0
+    rank: Count | None = None
+
+
+class FleetTable(_Table):
+    """`[fleet]`: who takes part."""
+
+    per_round: Count
+    classes: Annotated[dict[str, ClassTable], Field(min_length=1)]
+    rank_order: Literal["as_drawn", "with_data", "against_data"] = "as_drawn"
+
+
+class ClockTable(_Table):
+    """`[clock]`: what can go wrong in a simulated round."""
+
+    deadline: Positive | None = None
+    dropout: Share = 0.0
+    straggler: Annotated[float, Field(ge=0, le=1)] = 0.0
+    slowdown: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 4.0
+
+
+class EvaluateTable(_Table):
+    """`[evaluate]`: when what is scored."""
+
+    every: Count = 1
+    classes: Literal["last", "always"] = "last"
+    target: Annotated[float, Field(gt=0, le=1)] | None = None
+    stop_at_target: bool = False
+
+    @model_validator(mode="after")
+    def _target_to_stop_at(self):
+        if self.stop_at_target and self.target is None:
+            raise ValueError("stop_at_target needs a target")
+        return self
+
+
+class Recipe(_Table):
+    """A whole run. `method`, `partition` and `ranks` hold a `name` and the chosen function's arguments."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    rounds: Count
+    threads: Count | None = None
+    baseline: Baseline | None = None
+    compare: list[Baseline] = []
+    method: dict[str, Any]
+    model: ModelTable
+    data: DataTable
+    partition: dict[str, Any]
+    ranks: dict[str, Any] = {"name": "per_class"}
+    lora: LoraTable = LoraTable()
+    train: TrainTable = TrainTable()
+    server: ServerTable = ServerTable()
+    fleet: FleetTable
+    devices: dict[str, Profile] = {}
+    clock: ClockTable = ClockTable()
+    evaluate: EvaluateTable = EvaluateTable()
+
+
+def load(file: Path, overrides: Mapping[str, Any], choices: Choices) -> Recipe:
+    """Read a TOML recipe, apply overrides, check it.
+
+    Args:
+        file: the recipe.
+        overrides: values by dotted key, as `parse_overrides` returns them.
+        choices: for `method`, `partition` and `ranks`, the functions that a `name` can choose.
+
+    Raises:
+        ConfigError: with all problems.
+    """
+    try:
+        raw = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"recipe {file}: cannot be read ({error.strerror or error}).") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {file}: is not valid TOML: {error}.") from error
+    return resolve(raw, overrides, choices)
+
+
+def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
+    """Turn `key=value` strings into values by dotted key; a value is read as TOML, or else as a plain string.
+
+    Raises:
+        ConfigError: a setting without `=`.
+    """
+    problems = [f"--set {s}: expected key=value, such as --set rounds=20." for s in settings if "=" not in s]
+    if problems:
+        raise ConfigError(problems)
+    pairs = [setting.split("=", 1) for setting in settings]
+    return {key.strip(): _toml_value(value.strip()) for key, value in pairs}
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def resolve(raw: Mapping[str, Any], overrides: Mapping[str, Any], choices: Choices) -> Recipe:
+    """Check a recipe given as nested mappings and fill in every default.
+
+    Raises:
+        ConfigError: with all problems.
+    """
+    merged = _copy(raw)
+    problems: list[str] = []
+    for key, value in overrides.items():
+        problems += _override(merged, key, value)
+    for table, functions in choices.items():
+        if table in merged:
+            merged[table], found = _chosen(table, merged[table], functions)
+            problems += found
+    try:
+        recipe = Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError([*problems, *(_sentence(Recipe, problem) for problem in error.errors())]) from None
+    if problems:
+        raise ConfigError(problems)
+    if recipe.train.epochs is None and recipe.train.steps is None:
+        return recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 1})})
+    return recipe
+
+
+def _copy(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in raw.items()}
+
+
+def _override(raw: dict[str, Any], key: str, value: Any) -> list[str]:
+    *tables, last = key.split(".")
+    for table in tables:
+        raw = raw.setdefault(table, {})
+        if not isinstance(raw, dict):
+            return [f"{key}: {table} is a value, not a table; it has no key {last}."]
+    if last in ("epochs", "steps") and tables == ["train"]:
+        raw.pop("steps" if last == "epochs" else "epochs", None)  # one replaces the other
+    raw[last] = value
+    return []
+
+
+def _chosen(table: str, value: Any, functions: Mapping[str, Callable[..., Any]]) -> tuple[dict[str, Any], list[str]]:
+    """The table with all arguments of the function it names, and what is wrong with it."""
+    if not isinstance(value, dict):
+        return {}, [f'{table}: expected a table with a name, such as [{table}] name = "{next(iter(functions))}".']
+    name = value.get("name")
+    if not isinstance(name, str) or name not in functions:
+        near = _suggestion(str(name), functions)
+        return value, [f"{table}.name: there is no {name!r}{near}; there are: {', '.join(functions)}."]
+    schema = _schema(table, functions[name])
+    try:
+        return schema.model_validate(value).model_dump(), []
+    except ValidationError as error:
+        return value, [f"{table}.{_sentence(schema, problem)}" for problem in error.errors()]
+
+
+def _schema(table: str, function: Callable[..., Any]) -> type[BaseModel]:
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    fields = {p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in parameters}
+    return create_model(table, __base__=_Table, name=(str, ...), **fields)  # pyright: ignore
+
+
+def _sentence(schema: type[BaseModel], problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"]) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        accepted = _accepted(schema, problem["loc"][:-1])
+        near = _suggestion(str(problem["loc"][-1]), accepted)
+        return f"{where}: unknown key{near}; accepted here: {', '.join(accepted) or 'no further keys'}."
+    if problem["type"] == "missing":
+        return f"{where}: is missing."
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message[0].lower()}{message[1:]}, got {problem['input']!r}."
+
+
+def _suggestion(key: str, accepted: Sequence[str] | Mapping[str, Any]) -> str:
+    near = get_close_matches(key, list(accepted), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _accepted(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """The keys of the table at a location such as `("fleet", "classes", "weak")`."""
+    here: Any = schema
+    for part in location:
+        here = get_args(here)[1] if get_origin(here) is dict else here.model_fields[part].annotation
+    return list(getattr(here, "model_fields", None) or getattr(here, "__dataclass_fields__", {}))

@@ -1,0 +1,187 @@
+"""What a person sees in the terminal: progress while a run goes on, tables at its end."""
+
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from anyrank.api import Demand, Observer
+from anyrank.engine import Progress as RunProgress
+from anyrank.federation import Failure, Update
+from anyrank.record import RunFolder
+from anyrank.job import Job
+
+__all__ = ["LiveObserver", "demand_table", "summary"]
+
+
+class LiveObserver(Observer):
+    """A line per round, and on a terminal a bar that moves with every client's reply.
+
+    Args:
+        console: where to print.
+    """
+
+    def __init__(self, console: Console):
+        """Prepare the bar; it starts with the run."""
+        self.console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("clients"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._rounds = 0
+        self._task = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> "LiveObserver":
+        """Start drawing."""
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Stop drawing and leave the cursor where it belongs."""
+        self._bar.stop()
+
+    def started(self, job: Job, folder: RunFolder, progress: RunProgress) -> None:
+        """Say what is about to run."""
+        cohort, what = job.cohort, job.recipe.baseline or job.cohort.method
+        ranks = ", ".join(str(level) for level in job.spec.levels)
+        self.console.print(
+            f"[bold]{what}[/bold]: {job.base.name} on {job.examples.train.num_rows} examples of "
+            f"{job.recipe.data.source}, {len(cohort.fleet)} clients ({cohort.per_round} a round), ranks {ranks}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        if progress.state.round:
+            self.console.print(
+                f"continuing after round {progress.state.round} of {cohort.rounds}", highlight=False, soft_wrap=True
+            )
+        self._rounds = cohort.rounds
+        done = progress.state.round * cohort.per_round
+        self._bar.reset(self._task, total=cohort.rounds * cohort.per_round, completed=done, description=what)
+
+    def replied(self, reply: Update | Failure) -> None:
+        """Move the bar."""
+        self._bar.advance(self._task)
+
+    def finished_round(self, record: Mapping[str, Any]) -> None:
+        """Print the round's line, and who failed."""
+        accuracy = "       " if record["accuracy"] is None else f"{record['accuracy']:7.4f}"
+        self.console.print(
+            f"round {record['round']:>3}/{self._rounds}  accuracy {accuracy}  train loss {record['train_loss']:.4f}  "
+            f"down {megabytes(record['bytes_down'])}  up {megabytes(record['bytes_up'])}  "
+            f"simulated {duration(record['simulated_seconds'])}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        for failure in record["rejected"]:
+            self.console.print(
+                f"           {failure['client']} {failure['stage']}: {failure['reason']}",
+                style="yellow",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def megabytes(size: float) -> str:
+    """Bytes as megabytes."""
+    return f"{size / 1e6:.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def summary(folder: RunFolder) -> list[Table]:
+    """The tables at the end of a run: what it reached against what, what it cost, who trained at which rank."""
+    records = folder.records()
+    last = records[-1]
+    return [_reached(folder, last), _spent(records), _classes(folder, last)]
+
+
+def _reached(folder: RunFolder, last: Mapping[str, Any]) -> Table:
+    table = Table("on the test set", "accuracy", title=str(folder.path), title_justify="left")
+    baseline = folder.info["recipe"]["baseline"]
+    table.add_row(baseline or folder.info["method"], f"{last['accuracy']:.4f}", style="bold")
+    for path in sorted(folder.path.glob("compare/*")):
+        reached = RunFolder.open(path).records()
+        if reached:
+            table.add_row(f"{path.name} baseline", f"{reached[-1]['accuracy']:.4f}")
+    references = folder.info["references"]
+    if references["overlap"] is not None:
+        table.add_row("word overlap", f"{references['overlap']:.4f}")
+    table.add_row("majority class", f"{references['majority']:.4f}")
+    own = last["federated"]
+    if own:
+        table.add_row(f"on {own['clients']} clients' own data", f"{own['accuracy']:.4f} ± {own['std']:.4f}")
+    return table
+
+
+def _spent(records: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table("spent", "")
+    table.add_row("rounds", str(len(records)))
+    table.add_row("down", megabytes(sum(record["bytes_down"] for record in records)))
+    table.add_row("up", megabytes(sum(record["bytes_up"] for record in records)))
+    table.add_row("simulated time", duration(records[-1]["simulated_seconds"]))
+    table.add_row("real time", duration(sum(record["real_seconds"] for record in records)))
+    if records[-1]["target_seconds"] is not None:
+        table.add_row("simulated time to target", duration(records[-1]["target_seconds"]))
+    return table
+
+
+def _classes(folder: RunFolder, last: Mapping[str, Any]) -> Table:
+    table = Table("device class", "device", "clients", "rank", "accuracy of what it is sent")
+    by_kind: dict[str, list[int]] = {}
+    for client in folder.info["fleet"].values():
+        by_kind.setdefault(client["kind"], []).append(client["rank"])
+    planned = {folder.info["fleet"][c]["kind"]: rank for c, rank in last["planned_ranks"].items()}
+    for kind, ranks in by_kind.items():
+        sent = last["class_accuracy"] or {}
+        reached = {sent[str(rank)] for rank in {*ranks, planned.get(kind)} if str(rank) in sent}
+        spread = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)}-{max(ranks)}"
+        table.add_row(
+            kind,
+            folder.info["recipe"]["fleet"]["classes"][kind]["device"],
+            str(len(ranks)),
+            spread,
+            " ".join(f"{value:.4f}" for value in sorted(reached)),
+        )
+    return table
+
+
+def demand_table(demands: Sequence[Demand], source: Path | str) -> Table:
+    """What a round asks of each device class."""
+    table = Table(
+        "device class", "clients", "rank", "trainable", "memory", "of", "down = up", "steps", "simulated s",
+        title=f"{source}: the busiest client of each class, per round", title_justify="left",
+    )  # fmt: skip
+    for d in demands:
+        table.add_row(
+            d.kind,
+            str(d.clients),
+            str(d.rank),
+            f"{d.trainable:,}",
+            f"{d.memory_bytes / 1e9:.2f} GB",
+            f"{d.available_bytes / 1e9:.0f} GB",
+            megabytes(d.message_bytes),
+            str(d.steps),
+            f"{d.seconds:.1f}",
+        )
+    return table

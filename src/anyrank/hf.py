@@ -1,0 +1,313 @@
+"""The boundary to PEFT and transformers: the only file that knows their names for an adapter's parts.
+
+Inside, a layer is called as in the base model (`encoder.layer.0.attention.self.query`) and the run's one scale is in
+front of every product. In a PEFT directory the same tensors are `base_model.model.<layer>.lora_A.weight`, and
+`lora_alpha = scale * r` per layer says the same thing.
+"""
+
+import contextlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import safetensors
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from anyrank.adapter import Adapter, LowRank
+from anyrank.device import ModelCost, transformer_cost
+from anyrank.errors import ConfigError
+from anyrank.federation import Layer
+from anyrank.pretrained import Pretrained
+from anyrank.seeding import seed_of
+
+__all__ = ["AdaptedModel", "load_classifier", "load_tokenizer", "read_adapter", "write_adapter"]
+
+_NAME = "default"
+_PREFIX = "base_model.model."
+_HEADS = ("classifier", "score")  # what transformers calls the head of a sequence classifier
+
+
+def load_tokenizer(model: Pretrained) -> transformers.PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ConfigError: there is none to be had.
+    """
+    with _explained(model):
+        return transformers.AutoTokenizer.from_pretrained(model.location)
+
+
+def load_classifier(model: Pretrained, *, label_names: Sequence[str], seed: int) -> nn.Module:
+    """A sequence classifier in float32 with a head for `label_names`, the head drawn from `seed` if the model has none.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    id2label = dict(enumerate(label_names))
+    with _explained(model), torch.random.fork_rng(devices=[]), _quiet():
+        torch.manual_seed(seed_of(seed, "head"))
+        return transformers.AutoModelForSequenceClassification.from_pretrained(
+            model.location,
+            num_labels=len(label_names),
+            id2label=id2label,
+            label2id={name: i for i, name in id2label.items()},
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+        ).eval()
+
+
+@contextlib.contextmanager
+def _explained(model: Pretrained) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.name: {model.name} could not be loaded ({reason}). Expected a local folder, the packaged model "
+            "all-MiniLM-L6-v2 (extra anyrank[demo]), or a hub name in reach; set it with `--set model.name=...`."
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the loader's progress bar and its remark that the head is new, which it is meant to be."""
+    logger = logging.getLogger("transformers")
+    level, bars = logger.level, transformers.utils.logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+class AdaptedModel:
+    """One frozen base model into which adapters of any rank and depth are swapped.
+
+    Args:
+        model: the base model; LoRA modules are injected in place.
+        scale: the run's scale in front of `B A`.
+        target_modules: names (or last parts of names) of the linear layers to adapt; None takes PEFT's default for the model.
+        modules_to_save: names of the modules trained whole; None takes the classification head.
+
+    Attributes:
+        layers: the adapted layers, input to output.
+        dense: current values of the tensors trained whole, by parameter name.
+
+    Raises:
+        ConfigError: target modules that match nothing, or something that is not a linear layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        scale: float,
+        target_modules: Sequence[str] | None = None,
+        modules_to_save: Sequence[str] | None = None,
+    ):
+        """Inject LoRA, freeze the rest."""
+        names = _targets(model, target_modules)
+        self.modules_to_save = _heads(model) if modules_to_save is None else sorted(modules_to_save)
+        config = peft.LoraConfig(r=1, lora_alpha=1, target_modules=names)
+        with torch.random.fork_rng(devices=[]):  # PEFT draws first values, which `load` replaces
+            self.model: Any = peft.inject_adapter_in_model(config, model).requires_grad_(False).eval()
+        self._lora = {name: self._lora_module(name, scale) for name in names}
+        self._dense = {name: p.requires_grad_(True) for name, p in _saved(self.model, self.modules_to_save)}
+        self.layers = tuple(
+            Layer(name, module.base_layer.in_features, module.base_layer.out_features, block)
+            for (name, module), block in zip(self._lora.items(), _blocks(names), strict=True)
+        )
+
+    def _lora_module(self, name: str, scale: float) -> Any:
+        module = self.model.get_submodule(name)
+        module.scaling[_NAME] = scale
+        return module
+
+    @property
+    def dense(self) -> dict[str, Tensor]:
+        """Copies of the tensors trained whole."""
+        return {name: tensor.detach().clone() for name, tensor in self._dense.items()}
+
+    def load(self, adapter: Adapter) -> Adapter:
+        """Put an adapter into the model and return the live parameters, to be trained in place.
+
+        Layers that the adapter lacks are switched off: the base alone answers there, and backward does not enter them.
+        """
+        for name, module in self._lora.items():
+            part = adapter.layers.get(name)
+            module.set_adapter([_NAME] if part else [])
+            if part:
+                module.lora_A[_NAME].weight = nn.Parameter(part.A.clone())
+                module.lora_B[_NAME].weight = nn.Parameter(part.B.clone())
+        with torch.no_grad():
+            for name, parameter in self._dense.items():
+                parameter.copy_(adapter.dense[name])
+                parameter.grad = None
+        return self.live(adapter.layers)
+
+    def live(self, layers: Mapping[str, LowRank]) -> Adapter:
+        """The model's own parameters for these layers, as an adapter."""
+        parts = {
+            name: LowRank(*(getattr(self._lora[name], factor)[_NAME].weight for factor in ("lora_A", "lora_B")))
+            for name in layers
+        }
+        return Adapter(parts, dict(self._dense))
+
+    def cost(self, *, batch_size: int, tokens: int) -> ModelCost:
+        """What one local step costs, from the sizes of the model's matrices."""
+        config = self.model.config
+        blocks = 1 + max(layer.block for layer in self.layers)
+        inside, outside = 0, 0
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Linear) and "lora_" not in name:
+                size = module.weight.numel()
+                inside, outside = (inside + size, outside) if _block_of(name) is not None else (inside, outside + size)
+        return transformer_cost(
+            matrix_parameters_per_block=inside // blocks,
+            matrix_parameters_outside_blocks=outside,
+            num_blocks=blocks,
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            intermediate=config.intermediate_size,
+            batch_size=batch_size,
+            tokens=tokens,
+            base_bytes=sum(p.numel() * p.element_size() for n, p in self.model.named_parameters() if "lora_" not in n),
+        )
+
+
+def _targets(model: Any, wanted: Sequence[str] | None) -> list[str]:
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if wanted is None:
+        defaults = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        wanted = defaults.get(model.config.model_type) or ()
+    found = [name for name in linear if any(_matches(name, target) for target in wanted)]
+    missing = [target for target in wanted if not any(_matches(name, target) for name in linear)]
+    if missing or not found:
+        last_parts = sorted({name.rpartition(".")[2] for name in linear} - set(_HEADS))
+        raise ConfigError(
+            f"lora.target_modules: {', '.join(missing) or 'the default'} matches no linear layer of this model. "
+            f"Its linear layers end in: {', '.join(last_parts)}."
+        )
+    return found
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def _heads(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_modules() if name in _HEADS]
+
+
+def _saved(model: nn.Module, modules: Sequence[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    found = set()
+    for name, parameter in model.named_parameters():
+        owner = next((m for m in modules if name.startswith(m + ".")), None)
+        if owner:
+            found.add(owner)
+            yield name, parameter
+    if set(modules) - found:
+        children = sorted(name for name, _ in model.named_children())
+        raise ConfigError(
+            f"lora.modules_to_save: {', '.join(sorted(set(modules) - found))} names no module with parameters. "
+            f"At the top of this model there are: {', '.join(children)}."
+        )
+
+
+def _block_of(name: str) -> int | None:
+    number = re.search(r"\.(\d+)\.", name)
+    return int(number[1]) if number else None
+
+
+def _blocks(names: Sequence[str]) -> list[int]:
+    """The number in each name is its block; models without numbered blocks count each layer as one."""
+    numbers = [_block_of(name) for name in names]
+    return [i if number is None else number for i, number in enumerate(numbers)]
+
+
+def write_adapter(
+    folder: Path,
+    adapter: Adapter,
+    *,
+    scale: float,
+    base: Pretrained,
+    modules_to_save: Sequence[str],
+    label_names: Sequence[str],
+    card: str,
+) -> None:
+    """Write a PEFT directory that `PeftModel.from_pretrained` loads, with label names and a model card beside it.
+
+    The same adapter gives the same bytes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = dict(sorted(adapter.ranks.items()))
+    top = max(ranks.values())
+    config = peft.LoraConfig(
+        task_type=peft.TaskType.SEQ_CLS,
+        base_model_name_or_path=base.name,
+        r=top,
+        lora_alpha=scale * top,  # pyright: ignore[reportArgumentType]
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != top},
+        alpha_pattern={name: scale * rank for name, rank in ranks.items() if rank != top},
+        target_modules=list(ranks),
+        modules_to_save=list(modules_to_save),
+        inference_mode=True,
+    ).to_dict()
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    _write_json(folder / "adapter_config.json", plain)
+    _write_json(folder / "labels.json", {str(i): name for i, name in enumerate(label_names)})
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    flat = {f"{_PREFIX}{name}": tensor for name, tensor in adapter.dense.items()}
+    for name, part in adapter.layers.items():
+        flat[f"{_PREFIX}{name}.lora_A.weight"] = part.A
+        flat[f"{_PREFIX}{name}.lora_B.weight"] = part.B
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in flat.items()}
+    save_file(contiguous, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def read_adapter(folder: Path, *, scale: float) -> Adapter:
+    """Read a PEFT LoRA directory, its scale folded into `B` so that the run's `scale` stands in front.
+
+    Raises:
+        ConfigError: no adapter there, or a kind that plain LoRA does not cover (DoRA, bias, rsLoRA with patterns, Conv).
+    """
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        flat = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise ConfigError(
+            f"{folder}: no PEFT adapter can be read there ({error}). Expected adapter_config.json and "
+            "adapter_model.safetensors, as PEFT's save_pretrained writes them."
+        ) from error
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
+        raise ConfigError(f"{folder}: expected plain LoRA (no DoRA, no trained biases), got {config.get('peft_type')}.")
+    layers, dense = {}, {}
+    for key, tensor in sorted(flat.items()):
+        name = key.removeprefix(_PREFIX)
+        if name.endswith(".lora_A.weight"):
+            layer = name.removesuffix(".lora_A.weight")
+            B = flat[key.replace(".lora_A.", ".lora_B.")]
+            layers[layer] = LowRank(tensor, B * (_scale_of(config, layer, tensor.shape[0]) / scale))
+        elif ".lora_" not in name:
+            dense[name] = tensor
+    return Adapter(layers, dense)
+
+
+def _scale_of(config: dict, layer: str, rank: int) -> float:
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), config["lora_alpha"])
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _write_json(file: Path, content: object) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")

@@ -1,0 +1,285 @@
+"""From a recipe to the objects it names: model, data, clients, devices, ranks, method. Everything is checked here."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Subset
+from transformers import DataCollatorWithPadding
+
+from anyrank import config, data, hf
+from anyrank.adapter import Adapter
+from anyrank.allocate import RANK_POLICIES, Candidate, deal_classes, ordered
+from anyrank.baselines import BASELINES, Cohort
+from anyrank.config import Baseline, Choices, Recipe
+from anyrank.device import PROFILES, ModelCost, too_small
+from anyrank.errors import ConfigError
+from anyrank.federation import Device, Method, Profile, Spec
+from anyrank.hf import AdaptedModel
+from anyrank.methods import METHODS, proximal, server_optimizer
+from anyrank.pretrained import Pretrained, resolve
+from anyrank.seeding import numpy_generator
+from anyrank.train import Training
+
+__all__ = ["CHOICES", "QUICKSTART", "Job", "load_recipe", "prepare", "with_baseline"]
+
+QUICKSTART = Path(__file__).with_name("quickstart.toml")
+CHOICES: Choices = {"method": METHODS, "partition": data.PARTITIONS, "ranks": RANK_POLICIES}
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A recipe with everything it names loaded and checked.
+
+    Args:
+        recipe: the resolved recipe.
+        base: where the base model is.
+        model: the base model with LoRA injected.
+        examples: the data set.
+        encoded: its tokenised training part.
+        test: its tokenised test part, in order of length.
+        training: how clients train.
+        cohort: who takes part.
+        spec: the run's constants.
+        method: the method, with proximal term and server optimizer around it.
+        cost: what a local step costs.
+    """
+
+    recipe: Recipe
+    base: Pretrained
+    model: AdaptedModel
+    examples: data.Labelled
+    encoded: Any
+    test: Any
+    training: Training
+    cohort: Cohort
+    spec: Spec
+    method: Method
+    cost: ModelCost
+
+    @property
+    def dense_parameters(self) -> int:
+        """How many parameters are trained whole, beside the low-rank factors."""
+        return sum(tensor.numel() for tensor in self.spec.start.dense.values())
+
+
+def load_recipe(file: Path | None = None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """Read a recipe, the embedded default if none is named.
+
+    Args:
+        file: a TOML file.
+        overrides: values by dotted key, or `key=value` strings.
+
+    Raises:
+        ConfigError: with all problems of the recipe.
+    """
+    values = overrides if isinstance(overrides, Mapping) else config.parse_overrides(overrides)
+    return config.load(file or QUICKSTART, values, CHOICES)
+
+
+def prepare(recipe: Recipe) -> Job:
+    """Load model and data, deal out clients, devices and ranks.
+
+    Raises:
+        ConfigError: whatever does not fit, before anything is trained.
+    """
+    torch.set_num_threads(recipe.threads or torch.get_num_threads())
+    base = resolve(recipe.model.name)
+    examples = _load_data(recipe)
+    shards = _partition(recipe, examples)
+    model, start = _load_model(recipe, base, examples)
+    tokenizer = hf.load_tokenizer(base)
+    encode = partial(data.encode, tokenizer=tokenizer, text=examples.text, max_length=recipe.data.max_length)
+    test = encode(examples.test)
+    training = Training(
+        learning_rate=recipe.train.learning_rate,
+        weight_decay=recipe.train.weight_decay,
+        batch_size=recipe.train.batch_size,
+        collate=_Collate(DataCollatorWithPadding(tokenizer)),
+    )
+    cohort = _cohort(recipe, _fleet(recipe, shards), shards)
+    levels = tuple(sorted({device.rank for device in cohort.fleet.values()}))
+    spec = Spec(model.layers, levels, recipe.lora.scale, recipe.seed, start)
+    job = Job(
+        recipe=recipe,
+        base=base,
+        model=model,
+        examples=examples,
+        encoded=encode(examples.train),
+        test=Subset(test, np.argsort(test["length"], kind="stable").tolist()),  # pyright: ignore
+        training=training,
+        cohort=cohort,
+        spec=spec,
+        method=_method(recipe, cohort),
+        cost=model.cost(batch_size=recipe.train.batch_size, tokens=recipe.data.max_length),
+    )
+    _check_ranks(job)
+    return job
+
+
+class _Collate:
+    """Pads to the longest example of a batch, and leaves out what only we need."""
+
+    def __init__(self, pad: DataCollatorWithPadding):
+        self.pad = pad
+
+    def __call__(self, items: list[dict]) -> Mapping[str, torch.Tensor]:
+        return self.pad([{key: value for key, value in item.items() if key != "length"} for item in items])
+
+
+def _load_data(recipe: Recipe) -> data.Labelled:
+    table = recipe.data
+    return data.load(
+        table.source,
+        text=table.text,
+        label=table.label,
+        test=table.test,
+        test_share=table.test_share,
+        seed=recipe.seed,
+    )
+
+
+def _partition(recipe: Recipe, examples: data.Labelled) -> dict[str, np.ndarray]:
+    arguments = {key: value for key, value in recipe.partition.items() if key != "name"}
+    divide = data.PARTITIONS[recipe.partition["name"]]
+    shards = divide(examples.train, numpy_generator(recipe.seed, "partition"), **arguments)
+    if recipe.fleet.per_round > len(shards):
+        raise ConfigError(f"fleet.per_round: {recipe.fleet.per_round} clients a round, but there are {len(shards)}.")
+    return shards
+
+
+def _load_model(recipe: Recipe, base: Pretrained, examples: data.Labelled) -> tuple[AdaptedModel, Adapter]:
+    """The model, and the adapter to start from: one that the recipe names, or just the head's first values."""
+    classifier = hf.load_classifier(base, label_names=examples.label_names, seed=recipe.seed)
+    table = recipe.lora
+    model = AdaptedModel(
+        classifier,
+        scale=table.scale,
+        target_modules=table.target_modules,
+        modules_to_save=table.modules_to_save,
+    )
+    if table.start is None:
+        return model, Adapter({}, model.dense)
+    start = hf.read_adapter(Path(table.start), scale=table.scale)
+    _check_start(table.start, start, model)
+    return model, Adapter(start.layers, {**model.dense, **start.dense})
+
+
+def _check_start(folder: str, start: Adapter, model: AdaptedModel) -> None:
+    shapes = {layer.name: (layer.d_out, layer.d_in) for layer in model.layers}
+    problems = []
+    for name, part in start.layers.items():
+        if name not in shapes:
+            problems.append(f"lora.start: {folder} adapts {name}, which lora.target_modules does not.")
+        elif shapes[name] != (part.B.shape[0], part.A.shape[1]):
+            problems.append(
+                f"lora.start: {folder}: {name} is {part.B.shape[0]} x {part.A.shape[1]}, not {shapes[name]}."
+            )
+    dense = model.dense
+    for name, tensor in start.dense.items():
+        if name not in dense or dense[name].shape != tensor.shape:
+            problems.append(f"lora.start: {folder}: {name} {list(tensor.shape)} does not fit this model's head.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _fleet(recipe: Recipe, shards: Mapping[str, np.ndarray]) -> dict[str, Device]:
+    """Deal device classes and ranks to the clients."""
+    profiles = _profiles(recipe)
+    classes = recipe.fleet.classes
+    kinds = deal_classes(
+        list(shards), {name: c.share for name, c in classes.items()}, numpy_generator(recipe.seed, "classes")
+    )
+    sizes = {client: len(_kept(recipe, client, shard)) for client, shard in shards.items()}
+    candidates = [Candidate(c, kinds[c], sizes[c], classes[kinds[c]].rank) for c in shards]
+    arguments = {key: value for key, value in recipe.ranks.items() if key != "name"}
+    policy = RANK_POLICIES[recipe.ranks["name"]]
+    ranks = policy(candidates, numpy_generator(recipe.seed, "ranks"), **arguments)
+    ranks = ordered(ranks, sizes, order=recipe.fleet.rank_order)
+    return {c: Device(c, kinds[c], profiles[kinds[c]], ranks[c], sizes[c], _steps(recipe, sizes[c])) for c in shards}
+
+
+def _profiles(recipe: Recipe) -> dict[str, Profile]:
+    known = {**PROFILES, **recipe.devices}
+    problems = [
+        f"devices.{name}.{field}: expected a number above 0, got {value}."
+        for name, profile in recipe.devices.items()
+        for field, value in vars(profile).items()
+        if not 0 < value < math.inf
+    ]
+    problems += [
+        f"fleet.classes.{name}.device: there is no {c.device!r}; there are: {', '.join(sorted(known))}."
+        for name, c in recipe.fleet.classes.items()
+        if c.device not in known
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return {name: known[c.device] for name, c in recipe.fleet.classes.items()}
+
+
+def _kept(recipe: Recipe, client: str, shard: np.ndarray) -> np.ndarray:
+    return data.held_out(shard, share=recipe.data.held_out, seed=recipe.seed, client=client)[0]
+
+
+def _steps(recipe: Recipe, num_examples: int) -> int:
+    return recipe.train.steps or (recipe.train.epochs or 1) * math.ceil(num_examples / recipe.train.batch_size)
+
+
+def _cohort(recipe: Recipe, fleet: Mapping[str, Device], shards: Mapping[str, np.ndarray]) -> Cohort:
+    cohort = Cohort(
+        fleet=fleet,
+        shards=shards,
+        rounds=recipe.rounds,
+        per_round=recipe.fleet.per_round,
+        method=recipe.method["name"],
+        batch_size=recipe.train.batch_size,
+        seed=recipe.seed,
+    )
+    return BASELINES[recipe.baseline](cohort) if recipe.baseline else cohort
+
+
+def _method(recipe: Recipe, cohort: Cohort) -> Method:
+    own = cohort.method == recipe.method["name"]
+    arguments = {key: value for key, value in recipe.method.items() if key != "name"} if own else {}
+    method = METHODS[cohort.method](**arguments)
+    if recipe.train.prox_mu:
+        method = proximal(method, recipe.train.prox_mu)
+    if recipe.server.learning_rate != 1 or recipe.server.momentum:
+        method = server_optimizer(method, learning_rate=recipe.server.learning_rate, momentum=recipe.server.momentum)
+    return method
+
+
+def _check_ranks(job: Job) -> None:
+    problems = [
+        f"rank {level} is above the larger side of {layer.name} ({layer.d_out} x {layer.d_in}); "
+        f"expected at most {max(layer.d_in, layer.d_out)}. Lower the rank in [fleet.classes] or [ranks]."
+        for level in job.spec.levels[-1:]
+        for layer in job.spec.layers
+        if level > max(layer.d_in, layer.d_out)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    devices = list(job.cohort.fleet.values())
+    plans = job.method.assign(job.method.init(job.spec), devices)
+    sentences = too_small(plans, devices, model=job.cost, layers=job.spec.layers, dense_parameters=job.dense_parameters)
+    if sentences:
+        raise ConfigError(sentences)
+
+
+def with_baseline(job: Job, baseline: Baseline) -> Job:
+    """The same model and data, with a baseline in place of the method; it is not compared any further."""
+    recipe = job.recipe.model_copy(update={"baseline": baseline, "compare": []})
+    cohort = _cohort(recipe, _fleet(recipe, job.cohort.shards), job.cohort.shards)
+    levels = tuple(sorted({device.rank for device in cohort.fleet.values()}))
+    return replace(
+        job,
+        recipe=recipe,
+        cohort=cohort,
+        spec=replace(job.spec, levels=levels),
+        method=_method(recipe, cohort),
+    )

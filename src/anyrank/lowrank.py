@@ -1,0 +1,128 @@
+"""Algebra on low-rank factors. Nothing here forms a dense `[d_out, d_in]` product.
+
+Every function is pure, keeps the dtype of what it is given (SVDs run in at least float32) and returns new tensors.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from anyrank.adapter import LowRank
+
+__all__ = ["by_slot", "fresh", "norm", "padded_mean", "resize", "singular_values", "stack", "svd", "truncate"]
+
+
+def fresh(rank: int, *, d_in: int, d_out: int, rng: torch.Generator) -> LowRank:
+    """A new adapter that changes nothing yet and can learn: `A` Kaiming-uniform (a = sqrt 5), `B` zero, as LoRA starts."""
+    bound = d_in**-0.5
+    A = torch.empty(rank, d_in).uniform_(-bound, bound, generator=rng)
+    return LowRank(A, torch.zeros(d_out, rank))
+
+
+def truncate(part: LowRank, rank: int) -> LowRank:
+    """The first `rank` slots (all of them when there are fewer)."""
+    return LowRank(part.A[:rank], part.B[:, :rank])
+
+
+def resize(part: LowRank, rank: int, rng: torch.Generator) -> LowRank:
+    """The same product at another rank: the best approximation if smaller, fresh slots that add nothing if larger."""
+    if rank < part.rank:
+        return svd(part, rank, rng)
+    new = fresh(rank - part.rank, d_in=part.A.shape[1], d_out=part.B.shape[0], rng=rng)
+    return LowRank(torch.cat([part.A, new.A.to(part.A)]), torch.cat([part.B, new.B.to(part.B)], dim=1))
+
+
+def stack(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """The weighted sum of products, `sum_k w_k B_k A_k`, exactly: rank `sum_k r_k`. The weight goes on B alone."""
+    B = torch.cat([weight * part.B for part, weight in zip(parts, weights, strict=True)], dim=1)
+    return LowRank(torch.cat([part.A for part in parts]), B)
+
+
+def norm(part: LowRank) -> Float[Tensor, ""]:
+    """Frobenius norm of the product, from `||B A||^2 = <B^T B, A A^T>`; `O(r^2 (d_in + d_out))`."""
+    A, B = part.A.double(), part.B.double()
+    return ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt().to(part.A.dtype)
+
+
+def padded_mean(parts: Sequence[LowRank], weights: Sequence[float], previous: LowRank) -> LowRank:
+    """Mean of the factors, each padded with zero slots to the rank of `previous`: `A = sum_k w_k pad(A_k) / sum_k w_k`.
+
+    Slots that no part holds keep their value in `previous`.
+    """
+    A, B, owned = _slot_sums(parts, weights, previous)
+    return _keep_uncovered(LowRank(A, B), owned, previous)
+
+
+def by_slot(parts: Sequence[LowRank], weights: Sequence[float], previous: LowRank) -> LowRank:
+    """Mean of each slot over the parts that hold it: `A[j] = sum_{k: r_k > j} w_k A_k[j] / sum_{k: r_k > j} w_k`.
+
+    Slots that no part holds keep their value in `previous`.
+    """
+    A, B, owned = _slot_sums(parts, weights, previous)
+    share = owned.clamp(min=torch.finfo(owned.dtype).tiny)
+    return _keep_uncovered(LowRank(A / share[:, None], B / share), owned, previous)
+
+
+def _slot_sums(parts: Sequence[LowRank], weights: Sequence[float], previous: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+    # Sums are taken in at least float32: in bfloat16 the thousandth term of a mean is lost.
+    dtype = torch.promote_types(previous.A.dtype, torch.float32)
+    A, B = torch.zeros_like(previous.A, dtype=dtype), torch.zeros_like(previous.B, dtype=dtype)
+    owned = A.new_zeros(previous.rank)
+    total = sum(weights)
+    for part, weight in zip(parts, weights, strict=True):
+        share = weight / total
+        A[: part.rank] += share * part.A.to(dtype)
+        B[:, : part.rank] += share * part.B.to(dtype)
+        owned[: part.rank] += share
+    return A, B, owned
+
+
+def _keep_uncovered(mean: LowRank, owned: Tensor, previous: LowRank) -> LowRank:
+    covered = owned > 0
+    A, B = mean.A.to(previous.A), mean.B.to(previous.B)
+    return LowRank(torch.where(covered[:, None], A, previous.A), torch.where(covered, B, previous.B))
+
+
+def svd(part: LowRank, rank: int, rng: torch.Generator) -> LowRank:
+    """The best approximation of the product at `rank`, with its singular values in B: `A = V^T`, `B = U S`.
+
+    QR of both factors leaves an SVD of at most `R x R`, `R = part.rank`: `O(R^2 (d_in + d_out) + R^3)`. Slots come sorted, so
+    that a prefix is again the best approximation of its rank. Where the product has fewer than `rank` directions, the
+    remaining rows of A are drawn from `rng`, orthonormal to the others while there is room, and B is zero there, so that
+    these slots can learn. Signs are fixed: the entry of largest size in each row of A is positive.
+    """
+    U, S, Vt = _factored_svd(part)
+    # What rounding leaves of a zero singular value is a few eps of the largest (6 eps at rank 128, measured).
+    noise = torch.finfo(S.dtype).eps * max(10, part.rank)
+    kept = int((S[:rank] > S[:1] * noise).sum())
+    A = _complete(Vt[:kept], rank, rng)
+    B = torch.cat([U[:, :kept] * S[:kept], U.new_zeros(U.shape[0], rank - kept)], dim=1)
+    sign = torch.where(A.gather(1, A.abs().argmax(dim=1, keepdim=True)) < 0, -1.0, 1.0)
+    return LowRank((A * sign).to(part.A.dtype), (B * sign.T).to(part.B.dtype))
+
+
+def singular_values(part: LowRank) -> Float[Tensor, " s"]:
+    """Singular values of the product, descending; at most `min(r, d_in, d_out)` of them."""
+    return _factored_svd(part)[1]
+
+
+def _factored_svd(part: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(part.A.dtype, torch.float32)
+    Q_B, R_B = torch.linalg.qr(part.B.to(dtype))
+    Q_A, R_A = torch.linalg.qr(part.A.to(dtype).T)
+    U, S, Vt = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    return Q_B @ U, S, Vt @ Q_A.T
+
+
+def _complete(rows: Tensor, rank: int, rng: torch.Generator) -> Tensor:
+    """Add unit rows from `rng` to orthonormal `rows`, orthogonal to all before them while `d_in` allows."""
+    missing, d_in = rank - rows.shape[0], rows.shape[1]
+    if missing == 0:
+        return rows
+    noise = torch.randn(missing, d_in, generator=rng).to(rows)
+    room = min(missing, d_in - rows.shape[0])
+    orthogonal = torch.linalg.qr(torch.cat([rows, noise[:room]]).T).Q.T[rows.shape[0] :]
+    rest = torch.nn.functional.normalize(noise[room:], dim=1)
+    return torch.cat([rows, orthogonal, rest])

@@ -1,0 +1,193 @@
+"""The run folder: everything a run leaves behind, written so that a kill at any moment loses at most the running round.
+
+run.json            resolved recipe, versions, machine, data, fleet; written before training
+rounds.jsonl        one flat JSON object per round
+checkpoint/         state.safetensors: server state, fleet, clock; replaced atomically after each round
+adapter/            the result as a PEFT directory, once the run has ended
+compare/NAME/       run folders of the baselines that the recipe compares with
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from anyrank.adapter import Adapter
+from anyrank.engine import Progress
+from anyrank.errors import RecordError
+from anyrank.federation import Device, Spec, State
+from anyrank.wire import decode, encode
+
+__all__ = ["FORMAT", "RunFolder"]
+
+FORMAT = 1
+
+
+class RunFolder:
+    """Reads and writes one run folder.
+
+    Args:
+        path: the folder.
+
+    Attributes:
+        path: the folder.
+        info: the content of `run.json`.
+    """
+
+    def __init__(self, path: Path, info: Mapping[str, Any]):
+        """Use `create`, `open` or `check_free`; they look at what is there."""
+        self.path = path
+        self.info = dict(info)
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Make sure that a new run may be written here.
+
+        Raises:
+            RecordError: the folder holds a run, or anything else.
+        """
+        if (path / "run.json").exists():
+            raise RecordError(
+                f"{path} already holds a run. Continue it with `anyrank run --resume {path}`, or choose another --out."
+            )
+        left_over = "run.json.tmp"  # from a run that was killed before it began
+        if path.exists() and (not path.is_dir() or any(child.name != left_over for child in path.iterdir())):
+            raise RecordError(f"{path} is not an empty folder. Choose another --out.")
+
+    @classmethod
+    def create(cls, path: Path, info: Mapping[str, Any]) -> "RunFolder":
+        """Start a run folder by writing `run.json`.
+
+        Raises:
+            RecordError: something is there already.
+        """
+        cls.check_free(path)
+        path.mkdir(parents=True, exist_ok=True)
+        folder = cls(path, {"format": FORMAT, **info})
+        folder._write_info()
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """Open an existing run folder.
+
+        Raises:
+            RecordError: there is none, or one of another format.
+        """
+        try:
+            info = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecordError(f"{path} holds no run: there is no run.json in it.") from None
+        except (OSError, ValueError) as error:
+            raise RecordError(f"{path / 'run.json'} cannot be read ({error}).") from error
+        if not isinstance(info, dict) or info.get("format") != FORMAT:
+            found = info.get("format") if isinstance(info, dict) else "something else"
+            raise RecordError(f"{path / 'run.json'} is not a run of format {FORMAT}; it says {found!r}.")
+        return cls(path, info)
+
+    def update_info(self, **changes: Any) -> None:
+        """Replace entries of `run.json`, atomically."""
+        self.info |= changes
+        self._write_info()
+
+    def _write_info(self) -> None:
+        text = json.dumps(self.info, indent=2) + "\n"  # in order: the order of device classes decides who gets which
+        _replace_file(self.path / "run.json", text.encode())
+
+    def records(self) -> list[dict[str, Any]]:
+        """The rounds so far; a last line that a kill cut short is left out.
+
+        Raises:
+            RecordError: a line that is not the record of a round.
+        """
+        try:
+            return [record | {"round": int(record["round"])} for record in self._complete_lines()]
+        except (ValueError, TypeError, KeyError) as error:
+            raise RecordError(f"{self.path / 'rounds.jsonl'} holds a line that is no round ({error!r}).") from error
+
+    def _complete_lines(self) -> Iterator[dict[str, Any]]:
+        file = self.path / "rounds.jsonl"
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        for line in text.splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+    def save(self, progress: Progress, *, real_seconds: float) -> None:
+        """Write a finished round: first its record, then the checkpoint, so that `load` can cut the records back."""
+        line = json.dumps({**progress.record, "real_seconds": real_seconds})
+        with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        state = progress.state
+        header = {
+            "round": state.round,
+            "ranks": {client: device.rank for client, device in progress.fleet.items()},
+            "seconds": progress.seconds,
+            "target_seconds": progress.target_seconds,
+        }
+        packed = encode({"adapter": state.adapter, **{f"extra {k}": v for k, v in state.extra.items()}}, header)
+        (self.path / "checkpoint").mkdir(exist_ok=True)
+        _replace_file(self.path / "checkpoint" / "state.safetensors", packed)
+
+    def load(self, spec: Spec, fleet: Mapping[str, Device]) -> Progress | None:
+        """The last checkpoint, and `rounds.jsonl` cut back to it; None if no round was finished.
+
+        Args:
+            spec: of the run.
+            fleet: the run's devices; their ranks are replaced by the checkpoint's.
+
+        Raises:
+            RecordError: a checkpoint that is truncated, foreign, or of another fleet.
+        """
+        file = self.path / "checkpoint" / "state.safetensors"
+        records = self.records()
+        if not file.exists():
+            self._keep(records[:0])
+            return None
+        try:
+            adapters, header = decode(file.read_bytes())
+        except RecordError as error:
+            raise RecordError(f"{file}: {error}. Start the run anew in another folder.") from error
+        if set(header["ranks"]) != set(fleet):
+            raise RecordError(
+                f"{file}: its clients are not those of {self.path / 'run.json'}; the folder was mixed up."
+            )
+        self._keep([record for record in records if record["round"] <= header["round"]])
+        extra = {name.removeprefix("extra "): a for name, a in adapters.items() if name != "adapter"}
+        state = State(spec, adapters["adapter"], header["round"], extra)
+        devices = {client: replace(device, rank=header["ranks"][client]) for client, device in fleet.items()}
+        return Progress(state, devices, header["seconds"], header["target_seconds"])
+
+    def _keep(self, records: list[dict[str, Any]]) -> None:
+        if (self.path / "rounds.jsonl").exists():
+            text = "".join(json.dumps(record) + "\n" for record in records)
+            _replace_file(self.path / "rounds.jsonl", text.encode())
+
+    def final_adapter(self) -> Adapter:
+        """The global adapter of the last finished round.
+
+        Raises:
+            RecordError: no round was finished.
+        """
+        file = self.path / "checkpoint" / "state.safetensors"
+        if not file.exists():
+            raise RecordError(f"{self.path} has no finished round yet.")
+        return decode(file.read_bytes())[0]["adapter"]
+
+
+def _replace_file(file: Path, content: bytes) -> None:
+    """Write a file so that it is either the old one or the new one, never half of it, even after a power cut."""
+    temporary = file.with_name(file.name + ".tmp")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,321 @@
+"""Run folders as plain values: everything a report needs, checked while it is read. Knows files, not HTML."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from anyrank.errors import RecordError
+
+__all__ = ["FORMAT", "Federated", "Member", "Rejection", "Round", "Run", "read"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federated:
+    """Accuracy on the clients' own held-out data.
+
+    Args:
+        accuracy: mean over clients, weighted by examples; 0 to 1.
+        std: standard deviation over clients.
+        low: the worst client's.
+        high: the best client's.
+        clients: how many were asked.
+    """
+
+    accuracy: float
+    std: float
+    low: float
+    high: float
+    clients: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejection:
+    """A client whose work a round had to do without.
+
+    Args:
+        client: who.
+        stage: where it was lost: dropped, late, rejected, ...
+        reason: in words.
+    """
+
+    client: str
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A client of the fleet.
+
+    Args:
+        kind: device class.
+        rank: of its adapter when the run began.
+        num_examples: it holds.
+    """
+
+    kind: str
+    rank: int
+    num_examples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One line of `rounds.jsonl`. A number that was not measured, or is not finite, is None.
+
+    Args:
+        number: of the round; 0 is an evaluation before training.
+        accuracy: on the server's test set, 0 to 1.
+        loss: likewise.
+        train_loss: mean over the clients.
+        bytes_up: of this round.
+        bytes_down: of this round.
+        simulated_seconds: the virtual clock at the end of the round.
+        real_seconds: of this round.
+        planned_ranks: by client asked.
+        returned_ranks: by client that replied.
+        energy: share of the global product's squared singular values by band (`5-8`).
+        class_accuracy: accuracy of what a client of a rank is sent, by rank.
+        federated: the clients' own accuracy.
+        rejected: who is missing, and why.
+        target_seconds: what the virtual clock showed when the target was reached, if it was.
+    """
+
+    number: int
+    accuracy: float | None = None
+    loss: float | None = None
+    train_loss: float | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+    simulated_seconds: float = 0.0
+    real_seconds: float = 0.0
+    planned_ranks: Mapping[str, int] = field(default_factory=dict)
+    returned_ranks: Mapping[str, int] = field(default_factory=dict)
+    energy: Mapping[str, float] = field(default_factory=dict)
+    class_accuracy: Mapping[int, float] = field(default_factory=dict)
+    federated: Federated | None = None
+    rejected: tuple[Rejection, ...] = ()
+    target_seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Run:
+    """One run folder.
+
+    Args:
+        name: the folder's, long enough to be unique in the report.
+        parent: name of the run that it is compared with by recipe; None if it was named itself.
+        info: `run.json`.
+        method: its name.
+        fleet: by client.
+        rounds: those that are over.
+        planned: how many rounds the run is to have.
+    """
+
+    name: str
+    parent: str | None
+    info: Mapping[str, Any]
+    method: str
+    fleet: Mapping[str, Member]
+    rounds: tuple[Round, ...]
+    planned: int
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The resolved recipe."""
+        return self.info["recipe"]
+
+    @property
+    def baseline(self) -> str | None:
+        """The baseline that the run is, if it is one."""
+        return self.recipe.get("baseline")
+
+    @property
+    def played(self) -> int:
+        """Rounds of training so far."""
+        return max((round.number for round in self.rounds), default=0)
+
+    @property
+    def evaluated(self) -> tuple[Round, ...]:
+        """The rounds that have an accuracy."""
+        return tuple(round for round in self.rounds if round.accuracy is not None)
+
+    @property
+    def best(self) -> Round | None:
+        """The round of the highest accuracy, the first one at a tie."""
+        return max(self.evaluated, key=lambda round: round.accuracy or 0.0, default=None)
+
+    @property
+    def target(self) -> float | None:
+        """The accuracy that the run was to reach, if it had one."""
+        return self.recipe.get("evaluate", {}).get("target")
+
+    @property
+    def target_seconds(self) -> float | None:
+        """Simulated time at which the target was reached."""
+        return self.rounds[-1].target_seconds if self.rounds else None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it ended early because it had reached its target."""
+        stop = self.recipe.get("evaluate", {}).get("stop_at_target", False)
+        return bool(stop) and self.target_seconds is not None
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether rounds are still to come."""
+        return self.played < self.planned and not self.stopped
+
+    @property
+    def prunes(self) -> bool:
+        """Whether a client came back at another rank than planned."""
+        return any(
+            rank != round.planned_ranks.get(client, rank)
+            for round in self.rounds
+            for client, rank in round.returned_ranks.items()
+        )
+
+
+def read(folders: Sequence[Path]) -> list[Run]:
+    """Read run folders, each followed by what it is compared with.
+
+    Raises:
+        RecordError: no folder, one that holds no run, another format, or a file that cannot be understood.
+    """
+    paths = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
+    if not paths:
+        raise RecordError("No run folder was named. Name at least one: `anyrank report DIR`.")
+    runs = {}
+    for path, name in zip(paths, _names(paths), strict=True):
+        runs[path] = _run(path, name, parent=None)
+        for nested in sorted(path.glob("compare/*/run.json")):
+            inner = nested.parent.name
+            label = inner if len(paths) == 1 else f"{name}: {inner}"
+            runs.setdefault(nested.parent.resolve(), _run(nested.parent, label, parent=name))
+    return list(runs.values())
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The shortest endings of the paths that tell them apart."""
+    longest = max(len(path.parts) for path in paths)
+    names = []
+    for depth in range(1, longest + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _run(path: Path, name: str, *, parent: str | None) -> Run:
+    info = _info(path)
+    try:
+        recipe = info["recipe"]
+        return Run(
+            name=name,
+            parent=parent,
+            info=info,
+            method=str(info.get("method") or recipe["method"]["name"]),
+            fleet={client: _member(entry) for client, entry in info.get("fleet", {}).items()},
+            rounds=tuple(_rounds(path / "rounds.jsonl")),
+            planned=int(info.get("rounds") or recipe["rounds"]),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"{path / 'run.json'} is not the record of a run: {_said(error)}.") from error
+
+
+def _info(path: Path) -> dict[str, Any]:
+    file = path / "run.json"
+    try:
+        info = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise RecordError(f"{path} holds no run: there is no run.json in it.{_hint(path)}") from None
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{file} cannot be read: {error}.") from error
+    found = info.get("format") if isinstance(info, dict) else None
+    if found != FORMAT:
+        raise RecordError(
+            f"{file} has format {found!r}; this anyrank reads format {FORMAT}. "
+            "Make the report with the version that wrote the run."
+        )
+    return info
+
+
+def _hint(path: Path) -> str:
+    """Someone who names the folder of all runs means the runs in it."""
+    inside = sorted(file.parent.name for file in path.glob("*/run.json"))
+    return f" Did you mean a folder in it: {', '.join(inside)}?" if inside else ""
+
+
+def _rounds(file: Path) -> Iterator[Round]:
+    lines = _lines(file)
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield _round(json.loads(line))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if number == len(lines) and not line.endswith("\n"):
+                return  # a kill cut it short; its round is played again when the run is resumed
+            raise RecordError(f"{file}, line {number}, is not the record of a round: {_said(error)}.") from error
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        # A kill may have cut a letter in two; that line must not make the others unreadable.
+        with file.open(encoding="utf-8", errors="replace") as stream:
+            return list(stream)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RecordError(f"{file} cannot be read: {error}.") from error
+
+
+def _round(entry: Mapping[str, Any]) -> Round:
+    return Round(
+        number=int(entry["round"]),
+        accuracy=_finite(entry.get("accuracy")),
+        loss=_finite(entry.get("loss")),
+        train_loss=_finite(entry.get("train_loss")),
+        bytes_up=int(entry["bytes_up"]),
+        bytes_down=int(entry["bytes_down"]),
+        simulated_seconds=float(entry["simulated_seconds"]),
+        real_seconds=float(entry.get("real_seconds", 0.0)),
+        planned_ranks={client: int(rank) for client, rank in entry.get("planned_ranks", {}).items()},
+        returned_ranks={client: int(rank) for client, rank in entry.get("returned_ranks", {}).items()},
+        energy={band: float(share) for band, share in (entry.get("energy") or {}).items()},
+        class_accuracy={int(rank): float(a) for rank, a in (entry.get("class_accuracy") or {}).items()},
+        federated=_federated(entry.get("federated")),
+        rejected=tuple(_rejection(item) for item in entry.get("rejected", [])),
+        target_seconds=_finite(entry.get("target_seconds")),
+    )
+
+
+def _federated(entry: Mapping[str, Any] | None) -> Federated | None:
+    if entry is None:
+        return None
+    accuracy = float(entry["accuracy"])
+    return Federated(
+        accuracy=accuracy,
+        std=float(entry.get("std", 0.0)),
+        low=float(entry.get("min", accuracy)),
+        high=float(entry.get("max", accuracy)),
+        clients=int(entry.get("clients", 0)),
+    )
+
+
+def _member(entry: Mapping[str, Any]) -> Member:
+    return Member(kind=str(entry["kind"]), rank=int(entry["rank"]), num_examples=int(entry["num_examples"]))
+
+
+def _rejection(entry: Mapping[str, Any]) -> Rejection:
+    return Rejection(client=str(entry["client"]), stage=str(entry["stage"]), reason=str(entry["reason"]))
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _said(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else str(error)

@@ -1,0 +1,18 @@
+"""How tasks reach clients and updates come back."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+from anyrank.federation import Failure, Task, Update
+from anyrank.transport.in_process import InProcess
+
+__all__ = ["InProcess", "Transport"]
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """Carries out tasks; replies come in any order, one per task."""
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[Update | Failure]:
+        """Hand each task to its client and yield what comes back."""
+        ...

@@ -1,0 +1,139 @@
+"""Adapters as bytes: what a message or a checkpoint holds, how large it is, and what is let in.
+
+The format is safetensors with one metadata key, `anyrank`, a JSON header with sorted keys. Nothing is ever unpickled, and
+the same content gives the same bytes.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from statistics import median
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load, save
+
+from anyrank import lowrank
+from anyrank.adapter import Adapter
+from anyrank.errors import RecordError, ShapeError, UpdateRejected
+from anyrank.federation import Task, Update
+
+__all__ = ["check_norms", "check_update", "decode", "encode", "nbytes"]
+
+_UNREADABLE = (
+    safetensors.SafetensorError,
+    ShapeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)  # all that bytes of foreign origin can set off in `decode`
+
+
+def encode(adapters: Mapping[str, Adapter], header: Mapping[str, Any]) -> bytes:
+    """Pack named adapters and a JSON-serialisable header."""
+    # A copy of each, since safetensors refuses tensors that share memory, such as an adapter and its prefix.
+    flat = {
+        f"{group}:{name}": tensor.detach().clone(memory_format=torch.contiguous_format)
+        for group, adapter in adapters.items()
+        for name, tensor in adapter.tensors().items()
+    }
+    order = {group: list(adapter.tensors()) for group, adapter in adapters.items()}
+    return save(flat, metadata={"anyrank": json.dumps({"header": header, "order": order}, sort_keys=True)})
+
+
+def decode(packed: bytes) -> tuple[dict[str, Adapter], dict[str, Any]]:
+    """Unpack what `encode` made: the adapters by name, and the header.
+
+    Raises:
+        RecordError: the bytes are truncated or were not made by `encode`.
+    """
+    try:
+        length = int.from_bytes(packed[:8], "little")
+        content = json.loads(json.loads(packed[8 : 8 + length])["__metadata__"]["anyrank"])
+        flat = load(packed)
+        adapters = {
+            group: Adapter.from_tensors({name: flat[f"{group}:{name}"] for name in names})
+            for group, names in content["order"].items()
+        }
+        return adapters, content["header"]
+    except _UNREADABLE as error:
+        raise RecordError(f"not a complete anyrank file ({type(error).__name__}: {error})") from error
+
+
+def nbytes(adapter: Adapter) -> int:
+    """Size of the adapter as a message, header included."""
+    return len(encode({"adapter": adapter}, {}))
+
+
+def check_update(task: Task, update: Update, *, may_prune: bool) -> None:
+    """Let an update in only if it fits its task: round, layers, shapes, dtypes, ranks, finite numbers, a loss.
+
+    Args:
+        task: what was asked.
+        update: what came back.
+        may_prune: a rank below the plan's is allowed.
+
+    Raises:
+        UpdateRejected: naming the first tensor or metric at fault.
+    """
+    _require(update, "round", update.round == task.round, f"is {update.round}; the task's is {task.round}")
+    _require(update, "loss", "loss" in update.metrics, "is missing from the metrics")
+    for name, value in update.metrics.items():
+        _require(
+            update,
+            name,
+            value == value and abs(value) != float("inf"),
+            f"is {value}; expected a finite number",
+        )
+    sent, back = task.start.tensors(), update.adapter.tensors() if update.adapter else {}
+    for name in [*sent, *(name for name in back if name not in sent)]:
+        _require(update, name, name in back, "is missing from the update")
+        _require(update, name, name in sent, "was not asked for")
+        _check_tensor(update, name, sent=sent[name], back=back[name], may_prune=may_prune)
+
+
+def _check_tensor(update: Update, name: str, *, sent: torch.Tensor, back: torch.Tensor, may_prune: bool) -> None:
+    _require(update, name, back.dtype == sent.dtype, f"has dtype {back.dtype}; expected {sent.dtype}")
+    slot_axis = {"A": 0, "B": 1}.get(name.partition("/")[0])
+    expected = list(sent.shape)
+    if slot_axis is not None and back.ndim == 2:
+        rank, planned = back.shape[slot_axis], sent.shape[slot_axis]
+        _require(update, name, rank <= planned, f"has rank {rank}, above the planned {planned}")
+        _require(
+            update,
+            name,
+            rank == planned or (may_prune and rank > 0),
+            f"has rank {rank}; planned was {planned}",
+        )
+        expected[slot_axis] = rank
+    _require(update, name, list(back.shape) == expected, f"has shape {list(back.shape)}; expected {expected}")
+    _require(update, name, bool(torch.isfinite(back).all()), "holds a number that is not finite")
+
+
+def check_norms(updates: Sequence[Update], limit: float) -> dict[str, UpdateRejected]:
+    """The updates, by client, in which the norm of a layer's product is over `limit` times the round's median.
+
+    A norm that overflows is rejected too, whatever the median. In a round of two none can be over twice the median.
+    """
+    norms: dict[str, dict[str, float]] = {}
+    for update in updates:
+        for layer, part in update.adapter.layers.items() if update.adapter else ():
+            norms.setdefault(layer, {})[update.client] = float(lowrank.norm(part))
+    rejected = {}
+    for layer, by_client in norms.items():
+        middle = median(by_client.values())
+        for client, norm in by_client.items():
+            if not isfinite(norm):
+                rejected.setdefault(client, UpdateRejected(client, layer, "the norm of its product is not finite"))
+            elif middle > 0 and norm > limit * middle:
+                reason = f"product norm {norm:.3g} is over {limit:g} times the round's median {middle:.3g}"
+                rejected.setdefault(client, UpdateRejected(client, layer, reason))
+    return rejected
+
+
+def _require(update: Update, tensor: str, fine: bool, reason: str) -> None:
+    if not fine:
+        raise UpdateRejected(update.client, tensor, reason)

@@ -1,0 +1,216 @@
+"""Rank policies, orderings, device classes, and the plans that methods share."""
+
+from collections import Counter
+from inspect import Parameter, signature
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anyrank.adapter import Adapter
+from anyrank.allocate import (
+    RANK_POLICIES,
+    Candidate,
+    at_own_rank,
+    at_rank,
+    data_size,
+    deal_classes,
+    listed,
+    ordered,
+    per_class,
+    power_law,
+    ratios,
+)
+from anyrank.errors import ConfigError
+from anyrank.federation import Device, Layer, Plan, Profile, Spec, State
+from anyrank.seeding import numpy_generator
+
+TRIO = [
+    Candidate("ann", "phone", 30, 2),
+    Candidate("bob", "laptop", 10, 8),
+    Candidate("cat", "phone", 20, 2),
+]
+PROFILE = Profile(1.0, 1.0, 1.0, 1.0, 1.0)
+SPEC = Spec((Layer("q", 3, 7, 0), Layer("v", 3, 5, 1)), (2, 8), 2.0, 0, Adapter({}))
+
+SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=12)
+
+
+def rng(seed=0):
+    return numpy_generator(seed, "ranks")
+
+
+def crowd(sizes):
+    return [Candidate(f"c{number:03}", "any", size, None) for number, size in enumerate(sizes)]
+
+
+def problems_of(policy, clients=TRIO, **settings):
+    with pytest.raises(ConfigError) as caught:
+        policy(clients, rng(), **settings)
+    return caught.value.problems
+
+
+def test_per_class():
+    assert per_class(TRIO, rng()) == {"ann": 2, "bob": 8, "cat": 2}
+
+
+def test_per_class_names_each_class_without_a_rank_once():
+    clients = [Candidate(name, kind, 1, None) for name, kind in (("a", "tv"), ("b", "car"), ("c", "tv"))]
+    found = problems_of(per_class, clients)
+    assert [problem.split(":")[0] for problem in found] == ["device class 'car'", "device class 'tv'"]
+
+
+def test_per_class_refuses_a_rank_below_one():
+    assert problems_of(per_class, [Candidate("ann", "phone", 1, 0)]) == (
+        "device class 'phone': rank is 0; expected at least 1",
+    )
+
+
+def test_list_goes_by_position():
+    assert listed(TRIO, rng(), values=[4, 1, 9]) == {"ann": 4, "bob": 1, "cat": 9}
+
+
+def test_list_reports_length_and_values_together():
+    found = problems_of(listed, values=[0, -2])
+    assert len(found) == 3
+    assert "position 2: rank is -2" in found[1]
+    assert "2 values for 3 clients" in found[2]
+
+
+def test_data_size_by_hand():
+    # bob is covered by 1 of 3, cat by 2, ann by all: floor(8/3), floor(16/3), 8.
+    assert data_size(TRIO, rng()) == {"ann": 8, "bob": 2, "cat": 5}
+    assert data_size(TRIO, rng(), largest=1) == {"ann": 1, "bob": 1, "cat": 1}
+    assert problems_of(data_size, largest=0)
+
+
+@given(sizes=SIZES, largest=st.integers(1, 64))
+def test_data_size_follows_the_data(sizes, largest):
+    ranks = data_size(crowd(sizes), rng(), largest=largest)
+    by_size = sorted((c.num_examples, ranks[c.client]) for c in crowd(sizes))
+    assert [rank for _, rank in by_size] == sorted(ranks.values())
+    assert max(ranks.values()) == largest
+    assert min(ranks.values()) >= 1
+
+
+def test_ratios_by_hand():
+    # A share that is too small still leaves rank 1; the shares start again after the last client.
+    assert ratios(TRIO, rng(), values=[0.01, 0.5], of=9) == {"ann": 1, "bob": 4, "cat": 1}
+
+
+def test_ratios_do_not_lose_a_rank_to_rounding():
+    assert ratios(TRIO[:1], rng(), values=[0.29], of=100) == {"ann": 29}
+
+
+def test_ratios_report_everything_wrong():
+    assert len(problems_of(ratios, values=[0.0, 1.5], of=0)) == 3
+    assert problems_of(ratios, values=[], of=4) == ("values: expected at least one share, got none",)
+
+
+@given(smallest=st.integers(1, 20), width=st.integers(0, 40), alpha=st.floats(-5, 5), seed=st.integers(0, 9))
+def test_power_law_stays_in_its_range(smallest, width, alpha, seed):
+    largest = smallest + width
+    ranks = power_law(crowd([1] * 20), rng(seed), smallest=smallest, largest=largest, alpha=alpha)
+    assert all(smallest <= rank <= largest for rank in ranks.values())
+
+
+def test_power_law_has_the_right_frequencies():
+    counts = Counter(power_law(crowd([1] * 20_000), rng(), smallest=1, largest=2, alpha=0.1).values())
+    # P(1) = 1 / (1 + 2^-0.9).
+    assert counts[1] / 20_000 == pytest.approx(0.651, abs=0.01)
+
+
+def test_power_law_is_skewed_to_small_ranks():
+    ranks = sorted(power_law(crowd([1] * 1000), rng()).values())
+    assert ranks[500] < (5 + 50) / 2 < max(ranks)
+
+
+def test_power_law_survives_extreme_exponents():
+    assert set(power_law(TRIO, rng(), alpha=1e4).values()) == {50}
+    assert set(power_law(TRIO, rng(), alpha=-1e4).values()) == {5}
+
+
+def test_power_law_reports_everything_wrong():
+    assert len(problems_of(power_law, smallest=9, largest=3, alpha=float("nan"))) == 2
+    assert problems_of(power_law, smallest=0)
+
+
+def test_same_seed_same_ranks():
+    clients = crowd([1] * 50)
+    assert power_law(clients, rng(1)) == power_law(clients, rng(1))
+    assert power_law(clients, rng(1)) != power_law(clients, rng(2))
+
+
+def test_every_policys_settings_are_annotated_and_keyword_only():
+    for policy in RANK_POLICIES.values():
+        clients, generator, *settings = signature(policy).parameters.values()
+        assert (clients.name, generator.name) == ("clients", "rng")
+        for setting in settings:
+            assert setting.kind is Parameter.KEYWORD_ONLY
+            assert setting.annotation is not Parameter.empty
+
+
+def test_ordered_by_hand():
+    ranks, sizes = {"ann": 8, "bob": 1, "cat": 4}, {"ann": 10, "bob": 10, "cat": 5}
+    assert ordered(ranks, sizes, order="as_drawn") == ranks
+    assert ordered(ranks, sizes, order="with_data") == {"ann": 4, "bob": 8, "cat": 1}
+    assert ordered(ranks, sizes, order="against_data") == {"ann": 1, "bob": 4, "cat": 8}
+
+
+@given(
+    clients=st.dictionaries(st.text("abc", min_size=1), st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1),
+    order=st.sampled_from(["as_drawn", "with_data", "against_data"]),
+)
+def test_ordered_keeps_the_multiset_and_sorts(clients, order):
+    ranks, sizes = ({client: pair[part] for client, pair in clients.items()} for part in (0, 1))
+    found = ordered(ranks, sizes, order=order)
+    assert list(found) == list(ranks)
+    assert Counter(found.values()) == Counter(ranks.values())
+    sign = {"as_drawn": 0, "with_data": 1, "against_data": -1}[order]
+    for one in found:
+        for other in found:
+            assert sign == 0 or sign * (sizes[one] - sizes[other]) <= 0 or found[one] >= found[other]
+
+
+def test_deal_classes_counts_by_largest_remainder():
+    # Of 8: 3.6, 2.8 and 1.6 are owed; the two left over go to 2.8 and to the earlier of the equal remainders.
+    dealt = deal_classes([f"c{n}" for n in range(8)], {"tx2": 0.45, "nx": 0.35, "agx": 0.2}, rng())
+    assert Counter(dealt.values()) == {"tx2": 4, "nx": 3, "agx": 1}
+
+
+@given(
+    count=st.integers(0, 30),
+    shares=st.dictionaries(st.sampled_from("abcde"), st.floats(0.01, 100), min_size=1),
+    factor=st.sampled_from([0.25, 2.0, 8.0]),
+)
+def test_deal_classes_is_proportional_at_any_scale(count, shares, factor):
+    clients = [f"c{n}" for n in range(count)]
+    dealt = deal_classes(clients, shares, rng())
+    assert list(dealt) == clients
+    assert dealt == deal_classes(clients, {kind: share * factor for kind, share in shares.items()}, rng())
+    counts, total = Counter(dealt.values()), sum(shares.values())
+    assert all(abs(counts[kind] - count * share / total) < 1 + 1e-9 for kind, share in shares.items())
+
+
+def test_deal_classes_shuffles_by_the_generator():
+    clients = [f"c{n}" for n in range(30)]
+    shares = {"phone": 1.0, "laptop": 1.0}
+    assert deal_classes(clients, shares, rng(1)) == deal_classes(clients, shares, rng(1))
+    assert deal_classes(clients, shares, rng(1)) != deal_classes(clients, shares, rng(2))
+
+
+def test_deal_classes_refuses_what_it_cannot_share_out():
+    with pytest.raises(ConfigError) as caught:
+        deal_classes(["ann"], {"phone": 0.0, "laptop": 1.0, "tv": -1.0, "car": float("nan")}, rng())
+    assert len(caught.value.problems) == 3
+    with pytest.raises(ConfigError, match="at least one"):
+        deal_classes(["ann"], {}, rng())
+
+
+def test_plans_hold_every_layer_at_the_devices_rank():
+    devices = [Device("ann", "phone", PROFILE, 2, 30, 5), Device("bob", "laptop", PROFILE, 8, 10, 7)]
+    assert at_rank(SPEC, devices[0], 3) == Plan("ann", {"q": 3, "v": 3}, 5)
+    assert at_own_rank(State(SPEC, Adapter({})), devices) == [
+        Plan("ann", {"q": 2, "v": 2}, 5),
+        Plan("bob", {"q": 8, "v": 8}, 7),
+    ]

@@ -1,0 +1,358 @@
+"""Whole runs on a tiny real model: what they leave behind, how they go on after a kill, what they refuse."""
+
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from tiny import recipe_toml, write_model, write_reviews
+
+import anyrank
+from anyrank import api
+from anyrank.engine import Progress
+from anyrank.errors import ConfigError, RecordError, RoundFailed
+from anyrank.job import prepare
+from anyrank.record import RunFolder
+from anyrank.train import evaluate
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with a model, a data file and a recipe."""
+    folder = tmp_path_factory.mktemp("tiny")
+    model = write_model(folder / "model")
+    reviews = write_reviews(folder / "reviews.csv")
+    (folder / "recipe.toml").write_text(recipe_toml(model, reviews))
+    return folder
+
+
+def recipe(tiny: Path, *overrides: str):
+    return anyrank.load_recipe(tiny / "recipe.toml", overrides)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory) -> RunFolder:
+    return anyrank.run(recipe(tiny, 'compare=["centralised"]'), tmp_path_factory.mktemp("runs") / "run")
+
+
+def adapter_bytes(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted((folder / "adapter").iterdir())}
+
+
+def without_clock_time(folder: Path) -> list[dict]:
+    records = RunFolder.open(folder).records()
+    return [{key: value for key, value in record.items() if key != "real_seconds"} for record in records]
+
+
+class StopsAfter(anyrank.Observer):
+    """Ends the run as a kill would, once so many rounds are on disk."""
+
+    def __init__(self, rounds: int):
+        self.left = rounds
+
+    def finished_round(self, record):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def test_a_run_learns_and_leaves_everything_behind(finished):
+    records = finished.records()
+    assert [record["round"] for record in records] == [1, 2, 3]
+    assert records[-1]["accuracy"] > 0.8 > finished.info["references"]["majority"]
+    assert records[-1]["class_accuracy"].keys() == {"1", "4"}
+    assert records[-1]["federated"]["clients"] == 6
+    assert sum(records[-1]["energy"].values()) == pytest.approx(1)
+    assert finished.info["fleet"].keys() == {f"client-0{i}" for i in range(6)}
+    assert finished.info["recipe"]["train"]["epochs"] == 4
+    assert finished.info["versions"]["torch"] == torch.__version__
+    assert (finished.path / "compare" / "centralised" / "adapter" / "adapter_config.json").exists()
+
+
+def test_clients_train_at_the_ranks_of_their_devices(finished):
+    for record in finished.records():
+        assert record["planned_ranks"] == record["returned_ranks"]
+        for client, rank in record["planned_ranks"].items():
+            assert rank == finished.info["fleet"][client]["rank"]
+            assert rank == {"weak": 1, "strong": 4}[finished.info["fleet"][client]["kind"]]
+
+
+@torch.no_grad()
+def test_stock_peft_gives_the_logits_and_the_accuracy_of_our_own_evaluation(finished, tiny):
+    job = prepare(recipe(tiny))
+    score = evaluate(job.model, finished.final_adapter(), job.test, training=job.training)
+    assert score.accuracy == finished.records()[-1]["accuracy"]
+
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(job.base.location, num_labels=2)
+    stock = peft.PeftModel.from_pretrained(base, str(finished.path / "adapter")).eval()
+    batch = job.training.collate([job.test[i] for i in range(len(job.test))])
+    job.model.load(finished.final_adapter())
+    logits = stock(**batch).logits
+    assert torch.allclose(logits, job.model.model(**batch).logits, atol=1e-5)
+    assert float((logits.argmax(-1) == batch["labels"]).float().mean()) == pytest.approx(score.accuracy)
+    labels = json.loads((finished.path / "adapter" / "labels.json").read_text())
+    assert labels == {"0": "kind", "1": "unkind"}
+
+
+def test_the_same_recipe_gives_the_same_bytes(finished, tiny, tmp_path):
+    again = anyrank.run(recipe(tiny), tmp_path / "again")
+    assert adapter_bytes(again.path) == adapter_bytes(finished.path)
+    assert without_clock_time(again.path) == without_clock_time(finished.path)
+
+
+def test_another_seed_gives_another_result(finished, tiny, tmp_path):
+    other = anyrank.run(recipe(tiny, "seed=1"), tmp_path / "other")
+    assert adapter_bytes(other.path) != adapter_bytes(finished.path)
+
+
+@pytest.mark.parametrize("method", ["hlora", "hetlora", "local_only"])
+@pytest.mark.parametrize("rounds_before", [1, 2])
+def test_a_resumed_run_ends_with_the_same_bytes(tiny, tmp_path, method, rounds_before):
+    chosen = recipe(tiny, f"method.name={method}", "server.momentum=0.5")
+    whole = anyrank.run(chosen, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        anyrank.run(chosen, tmp_path / "cut", observer=StopsAfter(rounds_before))
+    cut = tmp_path / "cut"
+    assert not (cut / "adapter").exists()
+    with (cut / "rounds.jsonl").open("a") as file:
+        file.write('{"round": 3, "accur')  # as a kill in the middle of a line leaves it
+    anyrank.resume(cut)
+    assert without_clock_time(cut) == without_clock_time(whole.path)
+    checkpoint = Path("checkpoint") / "state.safetensors"
+    assert (cut / checkpoint).read_bytes() == (whole.path / checkpoint).read_bytes()
+    if method != "local_only":
+        assert adapter_bytes(cut) == adapter_bytes(whole.path)
+
+
+def test_a_record_without_its_checkpoint_is_played_again(tiny, tmp_path, monkeypatch):
+    whole = anyrank.run(recipe(tiny), tmp_path / "whole")
+    cut = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        anyrank.run(recipe(tiny), cut, observer=StopsAfter(2))
+    with (cut / "rounds.jsonl").open("a") as file:
+        file.write(json.dumps(whole.records()[2]) + "\n")
+    anyrank.resume(cut)
+    assert without_clock_time(cut) == without_clock_time(whole.path)
+
+
+def test_a_finished_run_can_be_extended(finished, tiny, tmp_path):
+    short = anyrank.run(recipe(tiny, "rounds=2"), tmp_path / "short")
+    extended = anyrank.resume(short.path, overrides=["rounds=3"])
+    assert adapter_bytes(extended.path) == adapter_bytes(finished.path)
+    assert extended.info["recipe"]["rounds"] == extended.info["rounds"] == 3
+    assert anyrank.resume(short.path).records() == extended.records()
+
+
+def test_a_resumed_run_stays_the_same_run(finished, tiny, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished.path, copy)
+    with pytest.raises(ConfigError, match=r"train.batch_size: a run that is resumed may change only rounds"):
+        anyrank.resume(copy, overrides=["train.batch_size=4"])
+    with pytest.raises(ConfigError, match="already has 3 rounds"):
+        anyrank.resume(copy, overrides=["rounds=2"])
+    RunFolder.open(copy).update_info(data={**finished.info["data"], "fingerprint": "0" * 64})
+    with pytest.raises(RecordError, match="was started on other data"):
+        anyrank.resume(copy)
+
+
+def test_folders_that_are_no_runs_are_named(finished, tiny, tmp_path):
+    with pytest.raises(RecordError, match="already holds a run"):
+        anyrank.run(recipe(tiny), finished.path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("dear")
+    with pytest.raises(RecordError, match="is not an empty folder"):
+        anyrank.run(recipe(tiny), tmp_path / "full")
+    with pytest.raises(RecordError, match="holds no run"):
+        anyrank.resume(tmp_path)
+    for content, said in [("[]", "format 1"), ('{"format": 7}', "says 7"), ("{", "cannot be read")]:
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(RecordError, match=said):
+            anyrank.resume(tmp_path)
+
+
+def test_a_truncated_checkpoint_is_refused(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished.path, copy)
+    file = copy / "checkpoint" / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(RecordError, match="not a complete anyrank file"):
+        anyrank.resume(copy)
+
+
+def test_a_run_can_start_from_an_adapter(finished, tiny, tmp_path):
+    start = finished.path / "adapter"
+    job = prepare(recipe(tiny, f"lora.start={start}"))
+    first = job.method.init(job.spec)
+    for name, part in finished.final_adapter().layers.items():
+        assert torch.allclose(first.adapter.layers[name].product, part.product, atol=1e-6)
+    more = anyrank.run(recipe(tiny, f"lora.start={start}", "rounds=1"), tmp_path / "more")
+    assert more.records()[-1]["accuracy"] > 0.8
+    with pytest.raises(ConfigError, match=r"adapts bert.*, which lora.target_modules does not"):
+        prepare(recipe(tiny, f"lora.start={start}", 'lora.target_modules=["query"]'))
+    with pytest.raises(ConfigError, match="no PEFT adapter can be read"):
+        prepare(recipe(tiny, f"lora.start={tmp_path}"))
+
+
+def test_export_gives_the_best_adapter_of_a_rank(finished, tmp_path):
+    small = anyrank.export(finished.path, 2, tmp_path / "small")
+    for name, part in finished.final_adapter().layers.items():
+        U, S, Vt = torch.linalg.svd(part.product)
+        best = U[:, :2] * S[:2] @ Vt[:2]
+        assert torch.allclose(small.layers[name].product, best, atol=1e-5)
+    assert json.loads((tmp_path / "small" / "adapter_config.json").read_text())["r"] == 2
+    with pytest.raises(ConfigError, match="expected a rank from 1 to 4"):
+        anyrank.export(finished.path, 5, tmp_path / "large")
+    with pytest.raises(RecordError, match="not an empty folder"):
+        anyrank.export(finished.path, 1, tmp_path / "small")
+
+
+@pytest.mark.parametrize("method", sorted(anyrank.METHODS))
+def test_every_method_runs(tiny, tmp_path, method):
+    folder = anyrank.run(recipe(tiny, f"method.name={method}", "rounds=2"), tmp_path / method)
+    ranks = {rank for record in folder.records() for rank in record["returned_ranks"].values()}
+    assert ranks == ({1} if method == "fedavg" else ranks)
+    assert len(ranks) > 1 or method == "fedavg"
+    if method == "local_only":
+        assert sorted(path.name for path in (folder.path / "clients").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("baseline", "clients", "ranks"),
+    [
+        ("centralised", 1, {4}),
+        ("local_only", 6, {1, 4}),
+        ("homogeneous_smallest", 6, {1}),
+        ("homogeneous_largest", 6, {4}),
+        ("strong_only", 3, {4}),
+    ],
+)
+def test_baselines_change_who_takes_part(tiny, tmp_path, baseline, clients, ranks):
+    folder = anyrank.run(recipe(tiny, f"baseline={baseline}", "rounds=2"), tmp_path / baseline)
+    assert len(folder.info["fleet"]) == clients
+    assert {client["rank"] for client in folder.info["fleet"].values()} == ranks
+    assert folder.records()[-1]["accuracy"] is not None
+
+
+def test_the_centralised_baseline_sees_as_many_examples_as_the_federation(finished):
+    central = RunFolder.open(finished.path / "compare" / "centralised")
+    steps = sum(record["steps"] for record in finished.records())
+    (record,) = central.records()
+    assert record["steps"] == pytest.approx(steps, rel=0.15)  # batches at the end of an epoch are smaller
+    assert record["steps"] <= steps
+
+
+def test_the_rank_policies_and_partitions_of_a_recipe_reach_the_fleet(tiny):
+    job = prepare(recipe(tiny, "ranks.name=list", "ranks.values=[1,2,3,4,5,6]"))
+    assert [device.rank for device in job.cohort.fleet.values()] == [1, 2, 3, 4, 5, 6]
+    job = prepare(recipe(tiny, 'partition={name = "by_column", column = "critic"}'))
+    assert set(job.cohort.fleet) == {f"critic-{i}" for i in range(6)}
+    quantity = 'partition={name = "quantity", clients = 6, min_examples = 10}'
+    job = prepare(recipe(tiny, quantity, "ranks.name=list", "ranks.values=[1,2,3,4,5,6]", "fleet.rank_order=with_data"))
+    sizes = [device.num_examples for device in sorted(job.cohort.fleet.values(), key=lambda d: d.rank)]
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.label=labl"], "labl"),
+        (["data.text=['sentenc']"], "sentence"),
+        (["partition.clients=1000"], "1000"),
+        (["fleet.per_round=7"], "7 clients a round, but there are 6"),
+        (["fleet.classes.strong.rank=49"], "above the larger side of bert.encoder.layer.0.attention.self.query"),
+        (["fleet.classes.weak.device=toaster"], "there is no 'toaster'; there are: jetson-agx"),
+        (["lora.target_modules=['q_proj']"], "its linear layers end in"),
+        (["model.name=./nowhere"], "there is no folder ./nowhere"),
+        (["devices.x={forward_flops=1,backward_flops=1,memory_bytes=0,up_bps=1,down_bps=1}"], "memory_bytes"),
+        (
+            ["devices.x={forward_flops=1,backward_flops=1,memory_bytes=1000,up_bps=1,down_bps=1}",
+             "fleet.classes.weak.device=x"],
+            "use a smaller batch",
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_said_before_anything_is_trained(tiny, tmp_path, overrides, said):
+    with pytest.raises(ConfigError) as caught:
+        anyrank.run(recipe(tiny, *overrides), tmp_path / "run")
+    assert said.lower() in str(caught.value).lower()
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_tells_what_each_device_class_is_asked_for(tiny):
+    demands, remarks = anyrank.check(recipe(tiny, "fleet.classes.strong.rank=40", "lora.target_modules=['intermediate.dense']"))
+    assert [(d.kind, d.rank, d.clients) for d in demands] == [("weak", 1, 3), ("strong", 40, 3)]
+    weak, strong = demands
+    assert weak.trainable == 2 * 80 + 66
+    assert weak.message_bytes < strong.message_bytes
+    assert weak.memory_bytes < strong.memory_bytes
+    assert "rank 40 is above 32" in remarks[0]
+    demands, remarks = anyrank.check(recipe(tiny, "method.name=fedavg"))
+    assert {d.rank for d in demands} == {1}
+    assert "everyone trains at rank 1" in remarks[0]
+
+
+def test_a_client_that_diverges_is_left_out_by_name(tiny, tmp_path, monkeypatch):
+    from anyrank import train
+
+    original = train.train
+
+    def diverging(model, start, data, **arguments):
+        adapter, loss = original(model, start, data, **arguments)
+        return adapter.map(lambda t: t * float("nan")), loss
+
+    folder = tmp_path / "some"
+    calls = iter(range(1000))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", lambda *a, **k: (diverging if next(calls) % 4 == 1 else original)(*a, **k))
+        run = anyrank.run(recipe(tiny), folder)
+    for record in run.records():
+        (rejected,) = record["rejected"]
+        assert rejected["stage"] == "rejected"
+        assert "not finite" in rejected["reason"]
+        assert rejected["client"] not in record["returned_ranks"]
+    assert run.records()[-1]["accuracy"] > 0.7
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", diverging)
+        with pytest.raises(RoundFailed, match="round 1: none of 4 clients returned a valid update: client-0"):
+            anyrank.run(recipe(tiny), tmp_path / "none")
+
+
+def test_deadlines_dropouts_and_targets_are_simulated(tiny, tmp_path):
+    slow = anyrank.run(recipe(tiny, "clock.dropout=0.3", "rounds=4", "seed=3"), tmp_path / "drop")
+    stages = {failure["stage"] for record in slow.records() for failure in record["rejected"]}
+    assert stages == {"dropped"}
+    target = anyrank.run(
+        recipe(tiny, "evaluate.target=0.6", "evaluate.stop_at_target=true", "rounds=9"), tmp_path / "target"
+    )
+    assert len(target.records()) < 9
+    last = target.records()[-1]
+    assert last["accuracy"] >= 0.6
+    assert last["target_seconds"] == last["simulated_seconds"]
+    assert (target.path / "adapter").exists()
+
+
+def test_resuming_starts_from_the_checkpoint_and_not_from_the_start(finished, tiny):
+    job = prepare(recipe(tiny))
+    progress = finished.load(job.spec, job.cohort.fleet)
+    assert isinstance(progress, Progress)
+    assert progress.state.round == 3
+    assert progress.seconds == finished.records()[-1]["simulated_seconds"]
+
+
+def test_observers_hear_of_every_reply(tiny, tmp_path):
+    heard = []
+
+    class Listener(api.Observer):
+        def started(self, job, folder, progress):
+            heard.append("started")
+
+        def replied(self, reply):
+            heard.append(reply.client)
+
+    anyrank.run(recipe(tiny, "rounds=1"), tmp_path / "run", observer=Listener())
+    assert heard[0] == "started"
+    assert len(heard) == 5

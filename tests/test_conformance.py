@@ -1,0 +1,452 @@
+"""What every method must do, and what each claims to do, on any shapes, ranks and weights.
+
+A new method is tested by its line in `METHODS` and its `claims` alone.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anyrank import lowrank
+from anyrank.adapter import Adapter, LowRank
+from anyrank.engine import reduce
+from anyrank.federation import Inbox, Layer, Method, Spec, State, Task, Update
+from anyrank.methods import METHODS, proximal, server_optimizer
+from anyrank.seeding import generator
+from anyrank.wire import decode, encode
+from federations import (
+    Setup,
+    assert_close,
+    assert_factors_close,
+    assert_products_close,
+    assert_same,
+    copied,
+    devices_of,
+    echo_of,
+    inbox_of,
+    low_rank,
+    products,
+    reply,
+    setups,
+    state_of,
+    tasks_of,
+    weights_of,
+)
+
+BARE = {name: method() for name, method in METHODS.items()}
+SERVER = {
+    f"server_optimizer({name})": server_optimizer(method, learning_rate=0.7, momentum=0.5)
+    for name, method in BARE.items()
+}
+PROXIMAL = {f"proximal({name})": proximal(method, 0.1) for name, method in BARE.items()}
+ALL = BARE | SERVER  # proximal changes the penalty alone, as the first test shows
+few = settings(max_examples=12)
+
+
+def over(methods, claimed=lambda claims: True):
+    chosen = {name: method for name, method in methods.items() if claimed(method.claims)}
+    return pytest.mark.parametrize("method", chosen.values(), ids=chosen.keys())
+
+
+def played(method: Method, setup: Setup, state: State, inbox: Inbox | None = None) -> State:
+    return reduce(method, state, inbox_of(method, setup, state) if inbox is None else inbox, weights_of(setup))
+
+
+def known_to(method: Method, setup: Setup, state: State) -> dict[str, Adapter]:
+    """All that a round leaves for the next: what each client is sent, and what the server keeps."""
+    sent = {task.plan.client: task.start for task in tasks_of(method, setup, state)}
+    return {"global": state.adapter, **sent}
+
+
+def assert_alike(method: Method, setup: Setup, found: State, expected: State, tolerance=1e-5) -> None:
+    """Equal in the space that the method works in; a factored product is unique up to a basis only."""
+    a, b = known_to(method, setup, found), known_to(method, setup, expected)
+    for who in a:
+        if method.claims.space == "factor":
+            assert_factors_close(a[who], b[who], tolerance)
+        elif who == "global":
+            assert_products_close(a[who], b[who], tolerance)
+        assert_close(a[who].dense["head"], b[who].dense["head"], tolerance)
+
+
+@over(BARE)
+def test_proximal_changes_the_penalty_alone(method):
+    assert proximal(method, 0.1)._replace(penalty=method.penalty) == method
+
+
+# --- planning and sending -----------------------------------------------------------------------------------------
+
+
+@over(ALL)
+@few
+@given(setup=setups())
+def test_every_device_is_planned_once_and_sent_exactly_what_was_planned(method, setup):
+    state = state_of(method, setup)
+    devices = devices_of(setup)
+    tasks = tasks_of(method, setup, state)
+    assert [task.plan.client for task in tasks] == [device.client for device in devices]
+    for task, device in zip(tasks, devices, strict=True):
+        assert task.plan.steps == device.steps
+        assert task.start.ranks == task.plan.ranks
+        assert max(task.plan.ranks.values()) <= device.rank
+        for name, part in task.start.layers.items():
+            assert part.A.shape[1:] == state.adapter.layers[name].A.shape[1:]
+            assert part.B.shape[:1] == state.adapter.layers[name].B.shape[:1]
+    ranks = {rank for task in tasks for rank in task.plan.ranks.values()}
+    assert ranks == set(setup.ranks) if method.claims.mixed_ranks else len(ranks) == 1
+
+
+@over(ALL)
+@few
+@given(setup=setups())
+def test_at_the_start_nothing_is_changed_yet_and_everything_can_learn(method, setup):
+    state = method.init(state_of(method, setup).spec)
+    assert state.round == 0
+    for part in state.adapter.layers.values():
+        assert (part.B == 0).all()
+        assert (part.A.norm(dim=1) > 0).all()
+
+
+# --- the reducer: what holds for every method ---------------------------------------------------------------------
+
+
+@over(ALL)
+@few
+@given(setup=setups())
+def test_inputs_are_not_touched(method, setup):
+    state = state_of(method, setup)
+    inbox = inbox_of(method, setup, state)
+    state = played(method, setup, state, inbox)  # so that the server optimizer has something to remember
+    seen = [state.adapter, *state.extra.values()]
+    seen += [adapter for task, update in inbox for adapter in (task.start, update.adapter)]
+    before = [copied(adapter) for adapter in seen]
+    played(method, setup, state, inbox)
+    for adapter, copy in zip(seen, before, strict=True):
+        assert_same(adapter, copy)
+
+
+@over(ALL)
+@few
+@given(setup=setups(least=2), order=st.randoms(use_true_random=False))
+def test_the_order_of_the_inbox_is_irrelevant(method, setup, order):
+    state = state_of(method, setup)
+    pairs = list(zip(inbox_of(method, setup, state), weights_of(setup), strict=True))
+    found = reduce(method, state, *map(list, zip(*pairs, strict=True)))
+    order.shuffle(pairs)
+    assert_alike(method, setup, reduce(method, state, *map(list, zip(*pairs, strict=True))), found)
+
+
+@over(ALL)
+@few
+@given(setup=setups(), factor=st.floats(1e-3, 1e3))
+def test_scaling_all_weights_is_irrelevant(method, setup, factor):
+    state = state_of(method, setup)
+    inbox = inbox_of(method, setup, state)
+    found = reduce(method, state, inbox, [factor * weight for weight in weights_of(setup)])
+    assert_alike(method, setup, found, played(method, setup, state, inbox))
+
+
+@over(ALL)
+@few
+@given(setup=setups())
+def test_shapes_and_names_stay_fixed_over_rounds(method, setup):
+    state = first = state_of(method, setup)
+    for round in range(3):
+        inbox = inbox_of(method, setup, state, round)
+        present = [i for i in range(len(inbox)) if i % 3 != round % 3] or [0]
+        weights = weights_of(setup)
+        state = reduce(method, state, [inbox[i] for i in present], [weights[i] for i in present])
+        found = {name: tensor.shape for name, tensor in state.adapter.tensors().items()}
+        assert found == {name: tensor.shape for name, tensor in first.adapter.tensors().items()}
+        assert [task.start.ranks for task in tasks_of(method, setup, state)] == [
+            task.plan.ranks for task in tasks_of(method, setup, first)
+        ]
+
+
+@over(ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_dtype_is_kept(method, dtype):
+    setup = Setup(spare=1)
+    state = state_of(method, setup, dtype)
+    for round in range(2):
+        state = played(method, setup, state, inbox_of(method, setup, state, round))
+    for adapter in known_to(method, setup, state).values():
+        assert {tensor.dtype for tensor in adapter.tensors().values()} == {dtype}
+
+
+@over(ALL)
+@few
+@given(setup=setups())
+def test_everything_can_still_learn(method, setup):
+    # One client returns what it would after no training at all: B is zero.
+    state = state_of(method, setup)
+    task, update = (inbox := list(inbox_of(method, setup, state)))[0]
+    idle = {name: LowRank(part.A, torch.zeros_like(part.B)) for name, part in update.adapter.layers.items()}
+    inbox[0] = (task, reply(task, Adapter(idle, update.adapter.dense)))
+    after = played(method, setup, state, inbox)
+    for adapter in known_to(method, setup, after).values():
+        for part in adapter.layers.values():
+            assert not ((part.A == 0).all(dim=1) & (part.B == 0).all(dim=0)).any()
+
+
+@over(ALL)
+@few
+@given(setup=setups(), silent=st.sampled_from(["one", "all"]))
+def test_all_is_finite_when_updates_are_zero(method, setup, silent):
+    state = state_of(method, setup)
+    inbox = list(inbox_of(method, setup, state))
+    for i, (task, update) in enumerate(inbox):
+        if silent == "all" or i == 0:
+            inbox[i] = (task, reply(task, update.adapter.map(torch.zeros_like)))
+    for adapter in known_to(method, setup, played(method, setup, state, inbox)).values():
+        assert all(torch.isfinite(tensor).all() for tensor in adapter.tensors().values())
+
+
+@over(ALL)
+@few
+@given(setup=setups())
+def test_layers_that_nobody_returned_stay_as_they_are(method, setup):
+    state = state_of(method, setup)
+    lost = state.spec.layers[0].name
+    inbox = [
+        (task, reply(task, Adapter({n: p for n, p in u.adapter.layers.items() if n != lost}, u.adapter.dense)))
+        for task, u in inbox_of(method, setup, state)
+    ]
+    found, expected = (after.adapter.layers[lost] for after in (played(method, setup, state, inbox), state))
+    assert_close(found.product, expected.product)
+    if method.claims.space == "factor":
+        assert_close(found.A, expected.A)
+        assert_close(found.B, expected.B)
+
+
+@over(ALL)
+@few
+@given(setup=setups())
+def test_states_and_messages_survive_the_wire(method, setup):
+    state = state_of(method, setup)
+    state = played(method, setup, state)
+    adapters = {**state.extra, **known_to(method, setup, state)}
+    packed = encode(adapters, {"round": 1})
+    back, header = decode(packed)
+    assert header == {"round": 1}
+    assert list(back) == list(adapters)
+    for name, adapter in adapters.items():
+        assert_same(back[name], adapter)
+    assert encode(back, header) == packed
+
+
+@over(ALL)
+@few
+@given(setup=setups())
+def test_the_same_round_gives_the_same_bits(method, setup):
+    state = state_of(method, setup)
+    assert_same(played(method, setup, state).adapter, played(method, setup, state).adapter)
+
+
+# --- fixed points -------------------------------------------------------------------------------------------------
+
+
+def at_full_rank(setup: Setup) -> Setup:
+    return Setup(setup.shapes, setup.ranks, setup.sizes, 0, setup.seed)
+
+
+@over(BARE)
+@few
+@given(setup=setups(equal_ranks=True))
+def test_equal_updates_at_full_rank_are_the_result(method, setup):
+    setup = at_full_rank(setup)
+    state = state_of(method, setup)
+    inbox = list(inbox_of(method, setup, state))
+    inbox = [(task, reply(task, inbox[0][1].adapter)) for task, _ in inbox]
+    after = played(method, setup, state, inbox)
+    for task in tasks_of(method, setup, after):
+        assert_products_close(task.start, inbox[0][1].adapter)
+        assert_close(task.start.dense["head"], inbox[0][1].adapter.dense["head"])
+    again = played(method, setup, after, [(task, reply(task, task.start)) for task in tasks_of(method, setup, after)])
+    assert_products_close(again.adapter, after.adapter)
+
+
+@over(ALL)
+@few
+@given(setup=setups(equal_ranks=True))
+def test_a_round_that_changes_nothing_at_full_rank_changes_nothing(method, setup):
+    setup = at_full_rank(setup)
+    state = state_of(method, setup)
+    assert_products_close(played(method, setup, state, echo_of(method, setup, state)).adapter, state.adapter)
+
+
+@over(BARE)
+@few
+@given(setup=setups())
+def test_one_client_at_full_rank_gets_back_what_it_returned(method, setup):
+    setup = Setup(setup.shapes, setup.ranks[:1], setup.sizes[:1], 0, setup.seed)
+    state = state_of(method, setup)
+    inbox = inbox_of(method, setup, state)
+    (task,) = tasks_of(method, setup, played(method, setup, state, inbox))
+    assert_products_close(task.start, inbox[0][1].adapter)
+
+
+# --- claims -------------------------------------------------------------------------------------------------------
+
+
+@over(ALL, lambda claims: claims.keeps_uncovered)
+@few
+@given(setup=setups())
+def test_claimed_slots_that_nobody_holds_keep_their_bits(method, setup):
+    state = state_of(method, setup)
+    inbox = inbox_of(method, setup, state)
+    after = played(method, setup, state, inbox)
+    for name, part in after.adapter.layers.items():
+        held = max(update.adapter.layers[name].rank for _, update in inbox)
+        assert torch.equal(part.A[held:], state.adapter.layers[name].A[held:])
+        assert torch.equal(part.B[:, held:], state.adapter.layers[name].B[:, held:])
+
+
+@over(BARE, lambda claims: not claims.keeps_uncovered)
+def test_not_claimed_slots_that_nobody_holds_lose_their_value(method):
+    setup = Setup(ranks=(1, 2), sizes=(1, 1), spare=1)
+    state = state_of(method, setup)
+    after = played(method, setup, state)
+    for name, part in after.adapter.layers.items():
+        assert float((part.B[:, 2:] - state.adapter.layers[name].B[:, 2:]).norm()) > 0.1
+
+
+@over(BARE, lambda claims: claims.exact)
+@few
+@given(setup=setups())
+def test_claimed_the_aggregate_is_the_mean_of_the_products(method, setup):
+    # A server rank that holds the sum of all ranks: nothing is truncated.
+    setup = Setup(setup.shapes, setup.ranks, setup.sizes, sum(setup.ranks), setup.seed)
+    state = state_of(method, setup)
+    inbox = inbox_of(method, setup, state)
+    after = method.aggregate(state, inbox, weights_of(setup))
+    for name, product in products(after.adapter).items():
+        dense = [w * products(u.adapter)[name] for (_, u), w in zip(inbox, weights_of(setup), strict=True)]
+        assert_close(product, torch.stack(dense).sum(dim=0))
+
+
+@over(BARE, lambda claims: not claims.exact)
+def test_not_claimed_the_aggregate_is_another(method):
+    setup = Setup(ranks=(2, 2), sizes=(1, 1), spare=0)
+    state = state_of(method, setup)
+    inbox = inbox_of(method, setup, state)
+    after = method.aggregate(state, inbox, [0.5, 0.5])
+    for name, product in products(after.adapter).items():
+        mean = torch.stack([products(update.adapter)[name] for _, update in inbox]).mean(dim=0)
+        assert float((product - mean).norm()) > 0.1 * float(mean.norm())
+
+
+@over(ALL, lambda claims: claims.keeps_no_op)
+@few
+@given(setup=setups())
+def test_claimed_a_round_that_changes_nothing_changes_nothing_at_mixed_ranks(method, setup):
+    state = state_of(method, setup)
+    after = played(method, setup, state, echo_of(method, setup, state))
+    assert_alike(method, setup, after, state)
+
+
+@over(BARE, lambda claims: not claims.keeps_no_op)
+def test_not_claimed_a_round_that_changes_nothing_shrinks_the_product(method):
+    setup = Setup(ranks=(1, 3), sizes=(1, 1))
+    state = state_of(method, setup)
+    sizes = [[float(lowrank.norm(part)) for part in state.adapter.layers.values()]]
+    for _ in range(4):
+        state = played(method, setup, state, echo_of(method, setup, state))
+        sizes.append([float(lowrank.norm(part)) for part in state.adapter.layers.values()])
+    for layer in zip(*sizes, strict=True):
+        assert all(after < before for before, after in zip(layer, layer[1:], strict=False))
+        assert layer[1] < 0.97 * layer[0]
+        assert layer[-1] < 0.9 * layer[0]
+
+
+@over(ALL, lambda claims: not claims.prunes)
+@few
+@given(setup=setups())
+def test_not_claimed_clients_send_what_they_trained(method, setup):
+    state = state_of(method, setup)
+    for task, update in inbox_of(method, setup, state):
+        assert_same(method.leave(update.adapter, task.start), update.adapter)
+
+
+@over(ALL, lambda claims: claims.prunes)
+@few
+@given(setup=setups())
+def test_claimed_pruned_updates_fit_and_their_client_can_go_on_smaller(method, setup):
+    state = state_of(method, setup)
+    inbox, smaller = [], []
+    for task in tasks_of(method, setup, state):
+        left = method.leave(task.start.map(lambda tensor: 0.5 * tensor), task.start)
+        inbox.append((task, reply(task, left)))
+        smaller.append(max(left.ranks.values()))
+        assert all(1 <= rank <= task.plan.ranks[name] for name, rank in left.ranks.items())
+    after = played(method, setup, state, inbox)
+    pruned = Setup(setup.shapes, tuple(smaller), setup.sizes, setup.server_rank - max(smaller), setup.seed)
+    assert [max(task.start.ranks.values()) for task in tasks_of(method, pruned, after)] == smaller
+
+
+@over(ALL)
+def test_claims_of_a_global_adapter(method):
+    setup = Setup()
+    state = state_of(method, setup)
+    after = played(method, setup, state)
+    moved = any(
+        float((t - state.adapter.tensors()[n]).norm()) > 0.1
+        for n, t in after.adapter.tensors().items()
+        if n != "dense/head"
+    )
+    assert moved != method.claims.personal
+
+
+# --- convergence --------------------------------------------------------------------------------------------------
+
+RANKS = {"a": 1, "b": 2, "c": 4, "d": 4}
+D_IN, D_OUT = 6, 5
+
+
+def linear_clients() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and outputs of one linear map of rank 2, each client with its own inputs and a little noise."""
+    target = low_rank(rank=2, d_in=D_IN, d_out=D_OUT, key=("target",)).product
+    clients = {}
+    for client in RANKS:
+        rng = generator("inputs", client)
+        x = torch.randn(40, D_IN, generator=rng)
+        clients[client] = (x, x @ target.T + 0.05 * torch.randn(40, D_OUT, generator=rng))
+    return clients
+
+
+def error(part: LowRank, data: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    x, y = data
+    return ((x @ part.A.T) @ part.B.T - y).square().mean()
+
+
+def trained(method: Method, task: Task, data: tuple[torch.Tensor, torch.Tensor]) -> Update:
+    live = task.start.map(lambda tensor: tensor.clone().requires_grad_())
+    optimizer = torch.optim.Adam(live.tensors().values(), lr=0.05)
+    for _ in range(task.plan.steps):
+        loss = error(live.layers["w"], data)
+        objective = loss + method.penalty(live, task.start) if method.penalty else loss
+        optimizer.zero_grad()
+        objective.backward()
+        optimizer.step()
+    adapter = method.leave(live.map(lambda tensor: tensor.detach()), task.start)
+    return reply(task, adapter, loss=float(loss.detach()))
+
+
+@over(BARE | SERVER | PROXIMAL)
+def test_low_rank_regression_converges(method):
+    from federations import device
+
+    data = linear_clients()
+    spec = Spec((Layer("w", D_IN, D_OUT, 0),), (1, 2, 4), 1.0, 0, Adapter({}))
+    devices = [device(client, rank) for client, rank in RANKS.items()]
+    state, losses = method.init(spec), []
+    for _ in range(10):
+        tasks = [Task("train", 1, plan, method.dispatch(state, plan)) for plan in method.assign(state, devices)]
+        losses.append(
+            {task.plan.client: float(error(task.start.layers["w"], data[task.plan.client])) for task in tasks}
+        )
+        updates = [trained(method, task, data[task.plan.client]) for task in tasks]
+        state = reduce(method, state, list(zip(tasks, updates, strict=True)), [0.25] * 4)
+    print({client: round(losses[-1][client] / losses[0][client], 3) for client in RANKS})
+    assert losses[-1]["d"] < 0.35 * losses[0]["d"]

@@ -1,0 +1,222 @@
+"""The boundary to PEFT: what stock PEFT loads is what we meant, and nothing but the adapter changes."""
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+from tiny import WORDS, write_model
+
+from anyrank import hf, lowrank
+from anyrank.adapter import Adapter
+from anyrank.errors import ConfigError
+from anyrank.pretrained import resolve
+from anyrank.seeding import generator
+
+TARGETS = ["query", "value", "intermediate.dense"]
+LABELS = ["kind", "unkind", "unsure"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return resolve(str(write_model(tmp_path_factory.mktemp("models") / "tiny")))
+
+
+def adapted(base, scale=2.0) -> hf.AdaptedModel:
+    model = hf.load_classifier(base, label_names=LABELS, seed=0)
+    return hf.AdaptedModel(model, scale=scale, target_modules=TARGETS)
+
+
+def some_adapter(model: hf.AdaptedModel, ranks=(1, 3, 40)) -> Adapter:
+    """Different ranks in different layers, one above the smaller side, nothing zero."""
+    layers = {}
+    for layer, rank in zip(model.layers, [*ranks, *ranks], strict=True):
+        rng = generator("test", layer.name)
+        part = lowrank.fresh(rank, d_in=layer.d_in, d_out=layer.d_out, rng=rng)
+        layers[layer.name] = part.map(lambda t, rng=rng: t + 0.1 * torch.randn(t.shape, generator=rng))
+    dense = {name: t + 0.1 for name, t in model.dense.items()}
+    return Adapter(layers, dense)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(5, 5 + len(WORDS), (4, 9), generator=generator("ids"))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def same(one: Adapter, other: Adapter) -> bool:
+    a, b = one.tensors(), other.tensors()
+    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def save(folder, adapter, model, base, scale=2.0):
+    hf.write_adapter(
+        folder,
+        adapter,
+        scale=scale,
+        base=base,
+        modules_to_save=model.modules_to_save,
+        label_names=LABELS,
+        card="A card.",
+    )
+
+
+def test_layers_are_found_from_input_to_output_with_their_shapes(base):
+    layers = adapted(base).layers
+    assert [layer.block for layer in layers] == [0, 0, 0, 1, 1, 1]
+    assert {(layer.d_in, layer.d_out) for layer in layers} == {(32, 32), (32, 48)}
+    assert layers[0].name == "bert.encoder.layer.0.attention.self.query"
+
+
+@torch.no_grad()
+def test_stock_peft_loads_what_we_save_and_gives_the_same_logits(base, tmp_path):
+    model = adapted(base)
+    adapter = some_adapter(model)
+    save(tmp_path / "adapter", adapter, model, base)
+    model.load(adapter)
+    ours = model.model(**batch()).logits
+
+    stock = transformers.AutoModelForSequenceClassification.from_pretrained(base.location, num_labels=3)
+    stock = peft.PeftModel.from_pretrained(stock, str(tmp_path / "adapter")).eval()
+    assert torch.allclose(stock(**batch()).logits, ours, atol=1e-5)
+    merged = stock.merge_and_unload()
+    assert torch.allclose(merged(**batch()).logits, ours, atol=1e-4)
+
+
+def test_reading_gives_back_what_was_written(base, tmp_path):
+    model = adapted(base)
+    adapter = some_adapter(model)
+    save(tmp_path, adapter, model, base)
+    assert same(hf.read_adapter(tmp_path, scale=2.0), adapter)
+
+
+def test_another_scale_is_folded_into_B(base, tmp_path):
+    model = adapted(base)
+    adapter = some_adapter(model)
+    save(tmp_path, adapter, model, base, scale=3.0)
+    read = hf.read_adapter(tmp_path, scale=2.0)
+    for name, part in adapter.layers.items():
+        assert torch.allclose(3.0 * part.product, 2.0 * read.layers[name].product, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_adapter_made_by_peft_means_the_same_here(base, tmp_path):
+    stock = transformers.AutoModelForSequenceClassification.from_pretrained(base.location, num_labels=3)
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["query"], task_type="SEQ_CLS", use_rslora=True)
+    stock = peft.get_peft_model(stock, config).eval()
+    for name, parameter in stock.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(generator=generator("B"))
+    stock.save_pretrained(tmp_path)
+
+    model = hf.AdaptedModel(hf.load_classifier(base, label_names=LABELS, seed=0), scale=2.0, target_modules=["query"])
+    start = hf.read_adapter(tmp_path, scale=2.0)
+    model.load(Adapter(start.layers, {**model.dense, **start.dense}))
+    assert torch.allclose(model.model(**batch()).logits, stock(**batch()).logits, atol=1e-5)
+
+
+def test_the_same_adapter_gives_the_same_files(base, tmp_path):
+    model = adapted(base)
+    for folder in ("one", "two"):
+        save(tmp_path / folder, some_adapter(model), model, base)
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors", "labels.json"]
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny"
+    assert config["target_modules"] == sorted(config["target_modules"])
+
+
+def test_training_changes_nothing_but_the_adapter(base):
+    model = adapted(base)
+    before = {name: t.clone() for name, t in model.model.state_dict().items()}
+    live = model.load(some_adapter(model))
+    optimizer = torch.optim.SGD(live.tensors().values(), lr=0.1)
+    model.model(**batch(), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+    optimizer.step()
+    changed = {name for name, t in model.model.state_dict().items() if before[name].shape != t.shape}
+    changed |= {name for name, t in model.model.state_dict().items() if name not in changed and (before[name] != t).any()}
+    assert changed
+    assert all("lora_" in name or name.startswith("classifier.") for name in changed)
+
+
+def test_a_layer_without_a_part_is_the_base_and_backward_does_not_reach_below(base):
+    model = adapted(base)
+    whole = some_adapter(model)
+    top = {name: part for name, part in whole.layers.items() if ".layer.1." in name}
+    live = model.load(Adapter(top, whole.dense))
+    seen = []
+    lower = model.model.get_submodule("bert.encoder.layer.0.output")
+    lower.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    model.model(**batch(), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+    assert seen == [False]
+    assert all(t.grad is not None for t in live.tensors().values())
+
+    zero = {name: part.map(torch.zeros_like) for name, part in whole.layers.items() if name not in top}
+    with torch.no_grad():
+        model.load(Adapter(top, whole.dense))
+        shallow = model.model(**batch()).logits
+        model.load(Adapter({**zero, **top}, whole.dense))
+        assert torch.equal(shallow, model.model(**batch()).logits)
+
+
+def test_the_head_is_a_function_of_the_seed_and_global_randomness_is_left_alone(base):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    one, two = adapted(base).dense, adapted(base).dense
+    assert torch.equal(torch.rand(1), expected)
+    assert one.keys() == {"classifier.weight", "classifier.bias"}
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_targets_that_match_nothing_are_answered_with_the_names_there_are(base):
+    model = hf.load_classifier(base, label_names=LABELS, seed=0)
+    with pytest.raises(ConfigError, match=r"q_proj matches no linear layer.*dense, key, query, value"):
+        hf.AdaptedModel(model, scale=2.0, target_modules=["query", "q_proj"])
+    with pytest.raises(ConfigError, match=r"modules_to_save: head names no module.*bert, classifier"):
+        hf.AdaptedModel(model, scale=2.0, target_modules=["query"], modules_to_save=["head"])
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"peft_type": "LORA", "use_dora": true}', "not json"])
+def test_what_is_no_plain_lora_is_refused(base, tmp_path, content):
+    model = adapted(base)
+    save(tmp_path, some_adapter(model), model, base)
+    if content is None:
+        (tmp_path / "adapter_model.safetensors").write_bytes(b"rubbish")
+    else:
+        (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"no PEFT adapter can be read|expected plain LoRA"):
+        hf.read_adapter(tmp_path, scale=2.0)
+
+
+def test_a_model_that_is_nowhere_is_explained(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError, match="holds no config.json"):
+        resolve(str(tmp_path))
+    with pytest.raises(ConfigError, match="there is no folder"):
+        resolve("./nowhere")
+    with pytest.raises(ConfigError, match=r"nobody/nothing could not be loaded"):
+        hf.load_classifier(resolve("nobody/nothing"), label_names=LABELS, seed=0)
+
+
+def test_the_packaged_model_is_checked_against_pinned_hashes(monkeypatch, tmp_path):
+    from anyrank import pretrained
+
+    found = resolve("all-MiniLM-L6-v2")
+    assert found.name == "sentence-transformers/all-MiniLM-L6-v2"
+    assert resolve("sentence-transformers/all-MiniLM-L6-v2") == found
+
+    package = pretrained._PACKAGES["all-MiniLM-L6-v2"]
+    (tmp_path / "fake_model" / "model").mkdir(parents=True)
+    (tmp_path / "fake_model" / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    fake = {**vars(package), "module": "fake_model"}
+    monkeypatch.setitem(pretrained._PACKAGES, "all-MiniLM-L6-v2", type(package)(**fake))
+    with pytest.raises(ConfigError, match=r"is not the pinned file.*found no such file"):
+        resolve("all-MiniLM-L6-v2")
+    fake["module"] = "no_such_package_here"
+    monkeypatch.setitem(pretrained._PACKAGES, "all-MiniLM-L6-v2", type(package)(**fake))
+    with pytest.raises(ConfigError, match=r"pip install 'anyrank\[demo\]'"):
+        resolve("all-MiniLM-L6-v2")

@@ -1,0 +1,78 @@
+"""A real but tiny BERT with a tokenizer, and a labelled csv file, made on the spot."""
+
+import csv
+import random
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+WORDS = "the a film plot actor scene was is very quite good great fine bad poor dull long short".split()
+
+
+def write_model(folder: Path) -> Path:
+    """Two layers, width 32; feed-forward 48 wide, so that not every matrix is square."""
+    folder.mkdir(parents=True)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=48,
+            max_position_embeddings=32,
+            initializer_range=0.2,  # an untrained model at the usual 0.02 hardly passes anything on
+        )
+        BertModel(config).save_pretrained(folder)
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def write_reviews(file: Path, *, rows: int = 240, seed: int = 0) -> Path:
+    """Short sentences; the label says whether the one adjective is a kind one; `critic` is a natural client."""
+    rng = random.Random(seed)
+    with file.open("w", newline="") as stream:
+        table = csv.writer(stream)
+        table.writerow(["critic", "sentence", "label"])
+        for row in range(rows):
+            kind = rng.random() < 0.5
+            adjective = rng.choice(["good", "great", "fine"] if kind else ["bad", "poor", "dull"])
+            sentence = f"the {rng.choice(['film', 'plot', 'actor', 'scene'])} was {rng.choice(['very', 'quite'])} {adjective}"
+            table.writerow([f"critic-{row % 6}", sentence, "kind" if kind else "unkind"])
+    return file
+
+
+def recipe_toml(model: Path, reviews: Path, *, method: str = "hlora") -> str:
+    """A recipe that runs in a second or two."""
+    return f"""
+rounds = 3
+threads = 1
+[method]
+name = "{method}"
+[model]
+name = "{model}"
+[data]
+source = "{reviews}"
+text = ["sentence"]
+max_length = 16
+[partition]
+name = "iid"
+clients = 6
+[lora]
+target_modules = ["query", "value", "intermediate.dense"]
+[train]
+learning_rate = 1e-2
+batch_size = 8
+epochs = 4
+[fleet]
+per_round = 4
+[fleet.classes.weak]
+device = "phone"
+rank = 1
+[fleet.classes.strong]
+device = "laptop"
+rank = 4
+"""
