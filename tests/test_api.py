@@ -8,7 +8,6 @@ import peft
 import pytest
 import torch
 import transformers
-from tiny import recipe_toml, write_model, write_reviews
 
 import anyrank
 from anyrank import api
@@ -17,6 +16,7 @@ from anyrank.errors import ConfigError, RecordError, RoundFailed
 from anyrank.job import prepare
 from anyrank.record import RunFolder
 from anyrank.train import evaluate
+from tiny import recipe_toml, write_model, write_reviews
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +282,9 @@ def test_what_does_not_fit_is_said_before_anything_is_trained(tiny, tmp_path, ov
 
 
 def test_check_tells_what_each_device_class_is_asked_for(tiny):
-    demands, remarks = anyrank.check(recipe(tiny, "fleet.classes.strong.rank=40", "lora.target_modules=['intermediate.dense']"))
+    demands, remarks = anyrank.check(
+        recipe(tiny, "fleet.classes.strong.rank=40", "lora.target_modules=['intermediate.dense']")
+    )
     assert [(d.kind, d.rank, d.clients) for d in demands] == [("weak", 1, 3), ("strong", 40, 3)]
     weak, strong = demands
     assert weak.trainable == 2 * 80 + 66

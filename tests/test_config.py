@@ -81,7 +81,7 @@ def test_every_device_profile_can_be_named_or_defined():
 
 
 def test_a_recipe_that_is_missing_or_no_toml_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="nowhere.toml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: cannot be read"):
         load_recipe(tmp_path / "nowhere.toml")
     broken = tmp_path / "broken.toml"
     broken.write_text("rounds = = 3")

@@ -6,13 +6,13 @@ import peft
 import pytest
 import torch
 import transformers
-from tiny import WORDS, write_model
 
 from anyrank import hf, lowrank
 from anyrank.adapter import Adapter
 from anyrank.errors import ConfigError
 from anyrank.pretrained import resolve
 from anyrank.seeding import generator
+from tiny import WORDS, write_model
 
 TARGETS = ["query", "value", "intermediate.dense"]
 LABELS = ["kind", "unkind", "unsure"]
@@ -136,7 +136,9 @@ def test_training_changes_nothing_but_the_adapter(base):
     model.model(**batch(), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
     optimizer.step()
     changed = {name for name, t in model.model.state_dict().items() if before[name].shape != t.shape}
-    changed |= {name for name, t in model.model.state_dict().items() if name not in changed and (before[name] != t).any()}
+    changed |= {
+        name for name, t in model.model.state_dict().items() if name not in changed and (before[name] != t).any()
+    }
     assert changed
     assert all("lora_" in name or name.startswith("classifier.") for name in changed)
 
@@ -193,7 +195,7 @@ def test_what_is_no_plain_lora_is_refused(base, tmp_path, content):
 
 def test_a_model_that_is_nowhere_is_explained(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ConfigError, match="holds no config.json"):
+    with pytest.raises(ConfigError, match=r"holds no config\.json"):
         resolve(str(tmp_path))
     with pytest.raises(ConfigError, match="there is no folder"):
         resolve("./nowhere")

@@ -7,7 +7,26 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-WORDS = "the a film plot actor scene was is very quite good great fine bad poor dull long short".split()
+WORDS = [
+    "the",
+    "a",
+    "film",
+    "plot",
+    "actor",
+    "scene",
+    "was",
+    "is",
+    "very",
+    "quite",
+    "good",
+    "great",
+    "fine",
+    "bad",
+    "poor",
+    "dull",
+    "long",
+    "short",
+]
 
 
 def write_model(folder: Path) -> Path:
@@ -40,7 +59,9 @@ def write_reviews(file: Path, *, rows: int = 240, seed: int = 0) -> Path:
         for row in range(rows):
             kind = rng.random() < 0.5
             adjective = rng.choice(["good", "great", "fine"] if kind else ["bad", "poor", "dull"])
-            sentence = f"the {rng.choice(['film', 'plot', 'actor', 'scene'])} was {rng.choice(['very', 'quite'])} {adjective}"
+            sentence = (
+                f"the {rng.choice(['film', 'plot', 'actor', 'scene'])} was {rng.choice(['very', 'quite'])} {adjective}"
+            )
             table.writerow([f"critic-{row % 6}", sentence, "kind" if kind else "unkind"])
     return file
 

@@ -355,7 +355,7 @@ def check(recipe: Recipe) -> tuple[list[Demand], list[str]]:
                 memory_bytes=memory_bytes(
                     plan, model=job.cost, layers=job.spec.layers, dense_parameters=job.dense_parameters
                 ),
-                available_bytes=device.profile.memory_bytes,
+                available_bytes=float(device.profile.memory_bytes),
                 message_bytes=size,
                 steps=plan.steps,
                 seconds=compute + size / device.profile.down_bps + size / device.profile.up_bps,

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a run or a folder failed, 2 a wrong recipe or option, 130 
 """
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -25,6 +26,10 @@ app = typer.Typer(
 )
 console = Console()
 _errors = Console(stderr=True)
+
+# Threads that wait for each other by spinning are five to ten times slower as soon as another program wants a core. Read
+# when torch is first loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 RecipeFile = Annotated[
     Path | None, typer.Argument(metavar="[RECIPE]", help="A TOML recipe; the embedded default if left out.")
@@ -151,6 +156,7 @@ def export(
 
 def main() -> None:
     """Entry point: errors of ours become one message and an exit code."""
+    _Debug.on = False
     try:
         app()
     except AnyrankError as error:

@@ -19,8 +19,8 @@ from rich.table import Table
 from anyrank.api import Demand, Observer
 from anyrank.engine import Progress as RunProgress
 from anyrank.federation import Failure, Update
-from anyrank.record import RunFolder
 from anyrank.job import Job
+from anyrank.record import RunFolder
 
 __all__ = ["LiveObserver", "demand_table", "summary"]
 
@@ -99,7 +99,7 @@ class LiveObserver(Observer):
             )
 
 
-def megabytes(size: float) -> str:
+def megabytes(size: int) -> str:
     """Bytes as megabytes."""
     return f"{size / 1e6:.1f} MB"
 

@@ -77,7 +77,11 @@ def load(source: str, *, text: Sequence[str], label: str, test: str | None, test
         ConfigError: the source cannot be read, is empty, lacks a column, or has labels that are missing or unknown.
     """
     columns = (text,) if isinstance(text, str) else tuple(text)
-    train, own_test = _parts(source, label, test)
+    with _no_progress_bars():
+        splits = _splits(source, columns)
+        given_test = None if test is None else _file(Path(test).expanduser(), columns)
+    train = _train_part(splits, source)
+    own_test = _own_test(splits, label) if given_test is None else given_test
     _check({"training data": train, "test data": own_test}, columns, label)
     lookup, names = _classes(train, label, _published_names(source, label, train))
     train = _tidied(train, columns, label, lookup, "training data")
@@ -114,13 +118,10 @@ def _absent(data: Dataset, name: str, where: str) -> str:
 # Where the data comes from
 
 
-def _parts(source: str, label: str, test: str | None) -> tuple[Dataset, Dataset | None]:
-    with _no_progress_bars():
-        splits = _splits(source)
-        given = None if test is None else _file(Path(test).expanduser())
+def _train_part(splits: Mapping[str, Dataset], source: str) -> Dataset:
     if "train" not in splits:
         raise ConfigError(f"data {source}: there is no part 'train'; the parts are {', '.join(splits)}")
-    return splits["train"], _own_test(splits, label) if given is None else given
+    return splits["train"]
 
 
 def _own_test(splits: Mapping[str, Dataset], label: str) -> Dataset | None:
@@ -147,18 +148,18 @@ def _no_progress_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _splits(source: str) -> Mapping[str, Dataset]:
+def _splits(source: str, columns: tuple[str, ...]) -> Mapping[str, Dataset]:
     path = Path(source).expanduser()
     if source == stdlib_docs.NAME:
         return stdlib_docs.stdlib_docs()
     if path.is_dir():
-        return _directory(path)
+        return _directory(path, columns)
     if path.suffix in FORMATS or path.exists():
-        return {"train": _file(path)}
+        return {"train": _file(path, columns)}
     return _hub(source)
 
 
-def _directory(path: Path) -> dict[str, Dataset]:
+def _directory(path: Path, columns: tuple[str, ...]) -> dict[str, Dataset]:
     files = [file for file in sorted(path.iterdir()) if file.stem in SPLITS and file.suffix in FORMATS]
     by_split = {file.stem: file for file in files}
     if len(by_split) < len(files):
@@ -168,28 +169,33 @@ def _directory(path: Path) -> dict[str, Dataset]:
         found = ", ".join(sorted(entry.name for entry in path.iterdir())) or "nothing"
         expected = " or ".join(f"train{suffix}" for suffix in FORMATS)
         raise ConfigError(f"data {path}: expected {expected} in the directory, found {found}")
-    return {split: _file(file) for split, file in by_split.items()}
+    return {split: _file(file, columns) for split, file in by_split.items()}
 
 
-def _file(path: Path) -> Dataset:
+def _file(path: Path, columns: tuple[str, ...]) -> Dataset:
     if not path.is_file():
         raise ConfigError(f"data file {path}: there is no such file (looked for {path.absolute()})")
     if path.suffix not in FORMATS:
         raise ConfigError(f"data file {path}: expected a name ending in {', '.join(FORMATS)}")
     kind = FORMATS[path.suffix]
     try:
-        return _read(kind, path)
+        return _read(kind, path, columns)
     except (DatasetsError, ValueError, OSError) as error:
         reason = str(error.__cause__ or error).strip()
         raise ConfigError(f"data file {path}: cannot be read ({reason}); expected {EXPECTED[kind]}") from error
 
 
-def _read(kind: str, path: Path) -> Dataset:
-    # By default "NA" would be a missing value, and rows longer than the header would shift unnoticed.
-    strict = {"keep_default_na": False, "na_values": [""], "index_col": False} if kind == "csv" else {}
+def _read(kind: str, path: Path, columns: tuple[str, ...]) -> Dataset:
+    options = _csv_options(columns) if kind == "csv" else {}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Length of header")
-        return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **strict)
+        return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
+
+
+def _csv_options(columns: tuple[str, ...]) -> dict[str, Any]:
+    """Without these "NA" is a missing value, "007" a number, and rows longer than the header shift unnoticed."""
+    as_written = dict.fromkeys(columns, str)
+    return {"keep_default_na": False, "na_values": [""], "index_col": False, "converters": as_written}
 
 
 def _hub(source: str) -> Mapping[str, Dataset]:

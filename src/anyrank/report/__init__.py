@@ -13,13 +13,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from string import Template
 from typing import Any
 
 from anyrank.report import charts
-from anyrank.report.charts import Axis, Bar, Column, Level, Point, Series
+from anyrank.report.charts import Axis, Bar, Column, Level, Number, Point, Series
 from anyrank.report.runs import Round, Run, read
 
 __all__ = ["render"]
@@ -29,7 +30,7 @@ SPACE = "\N{NO-BREAK SPACE}"
 FEW = 8  # rows that are shown without being asked for
 
 Tones = Mapping[str, int | None]
-Cell = str | int | float | None
+Cell = str | Number | None
 
 
 class Markup(str):
@@ -57,12 +58,12 @@ def render(folders: Sequence[Path]) -> str:
         _accuracy(runs, tones),
         _traffic(runs, tones),
         _ranks(runs, tones),
-        _energy(runs),
         _missing(runs),
         _behind(runs),
     ]
-    page = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    return page.substitute(title=escape(_title(runs)), body="\n".join(part for part in parts if part))
+    frame = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    page = frame.substitute(title=escape(_title(runs)), body="\n".join(part for part in parts if part))
+    return page.encode("utf-8", "replace").decode("utf-8")  # a folder's name may hold bytes that are no text
 
 
 def _named(runs: Sequence[Run]) -> list[Run]:
@@ -71,7 +72,7 @@ def _named(runs: Sequence[Run]) -> list[Run]:
 
 def _tones(runs: Sequence[Run]) -> dict[str, int | None]:
     """A colour for each run that has a course; a single round has none and is drawn as a level."""
-    courses = [run.name for run in runs if len(run.rounds) > 1]
+    courses = [run.name for run in runs if run.played > 1]
     return {run.name: courses.index(run.name) if run.name in courses else None for run in runs}
 
 
@@ -94,11 +95,12 @@ def _header(runs: Sequence[Run]) -> str:
 def _facts(run: Run) -> dict[str, str]:
     recipe, data = run.recipe, run.info.get("data", {})
     sizes = ", ".join(f"{data[part]:,} to {part}" for part in ("train", "test") if part in data)
+    source = recipe.get("data", {}).get("source")
     facts = {
         "Method": run.method,
         "Baseline": run.baseline,
         "Model": recipe.get("model", {}).get("name"),
-        "Data": f"{recipe.get('data', {}).get('source', NONE)} ({sizes})" if sizes else None,
+        "Data": f"{source} ({sizes})" if source and sizes else source,
         "Fleet": _fleet(run),
         "Rounds": _progress(run),
     }
@@ -107,7 +109,7 @@ def _facts(run: Run) -> dict[str, str]:
 
 def _fleet(run: Run) -> str:
     per_round = run.recipe.get("fleet", {}).get("per_round")
-    clients = f"{len(run.fleet)} client{'s' * (len(run.fleet) != 1)}"
+    clients = _count(len(run.fleet), "client")
     return f"{clients}, {per_round} a round" if per_round and per_round < len(run.fleet) else clients
 
 
@@ -122,12 +124,12 @@ def _progress(run: Run) -> str:
 def _key_figures(run: Run, runs: Sequence[Run]) -> str:
     if not run.evaluated:
         return ""
-    last, up, down = run.rounds[-1], _total(run, "bytes_up"), _total(run, "bytes_down")
+    last, up, down = run.rounds[-1], run.total("bytes_up"), run.total("bytes_down")
     figures = [
-        ("Accuracy", _percent(run.evaluated[-1].accuracy), _beside(run, runs)),
+        ("Accuracy", _percent(run.final), _beside(run, runs)),
         ("On the clients’ own data", *_own_data(run)),
-        ("Sent up and down", f"{_megabytes(up)} + {_megabytes(down)}{SPACE}MB", f"in {_count(run.played, 'round')}"),
-        ("Simulated time", _clock(last.simulated_seconds), f"computed in {_clock(_total(run, 'real_seconds'))}"),
+        ("Sent", f"{_megabytes(up + down)}{SPACE}MB", f"{_megabytes(up)} up, {_megabytes(down)} down"),
+        ("Simulated time", _clock(last.simulated_seconds), f"computed in {_clock(run.total('real_seconds'))}"),
     ]
     tiles = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd class='aside'>{escape(aside)}</dd></div>"
@@ -138,13 +140,13 @@ def _key_figures(run: Run, runs: Sequence[Run]) -> str:
 
 
 def _beside(run: Run, runs: Sequence[Run]) -> str:
-    others = [(other.name, other.evaluated[-1].accuracy) for other in runs if other is not run and other.evaluated]
+    others = [(other.name, other.final) for other in runs if other is not run and other.evaluated]
     references = [(name, value) for name, value, _ in _references([run])]
     return ", ".join(f"{name} {_percent(value)}" for name, value in others + references)
 
 
 def _own_data(run: Run) -> tuple[str, str]:
-    federated = _last(run, "federated")
+    federated = run.newest("federated")
     if federated is None:
         return NONE, ""
     spread = f"{_percent(federated.low)} to {_percent(federated.high)}"
@@ -155,39 +157,46 @@ def _own_data(run: Run) -> tuple[str, str]:
 
 
 def _summary(runs: Sequence[Run], tones: Tones) -> str:
-    columns = [column for column in _columns(tones) if column[0] in _ALWAYS or any(column[2](run) for run in runs)]
+    aimed = any(run.target for run in runs)
+    columns = [column for column in _columns(tones) if aimed or column[0] != "target"]
     rows = [[column[2](run) for column in columns] for run in runs]
     for name, value, of in _references(runs):
         label = f"{name} ({of})" if of else name
         rows.append([{"run": label, "final": _percent(value)}.get(key) for key, *_ in columns])
-    groups = _groups([group for _, (group, _), _ in columns])
-    labels = [label for _, (_, label), _ in columns]
-    return _section("Summary", _table(labels, rows, groups=groups, name="Summary of the runs"))
-
-
-_ALWAYS = {"run", "method", "rounds", "final", "best", "federated", "up", "down", "simulated", "real"}
+    titles = [title for _, title, _ in columns]
+    table = _table([label for _, label in titles], rows, groups=_groups(titles), name="Summary of the runs")
+    return _section("Summary", table)
 
 
 def _columns(tones: Tones) -> list[tuple[str, tuple[str, str], Callable[[Run], Cell]]]:
     """Key, (group, label) and content of the summary's columns."""
     return [
-        ("run", ("", "Run"), lambda run: _run_label(run, tones)),
-        ("method", ("", "Method"), lambda run: run.method),
-        ("baseline", ("", "Baseline"), lambda run: run.baseline),
-        ("rounds", ("", "Rounds"), _progress),
-        ("final", ("Accuracy", "final"), lambda run: _percent(run.evaluated[-1].accuracy if run.evaluated else None)),
+        ("run", ("", "Run"), lambda run: _run_cell(run, tones)),
+        ("method", ("", "Method"), _method),
+        ("rounds", ("", "Rounds"), lambda run: run.played),
+        ("final", ("Accuracy", "final"), lambda run: _percent(run.final)),
         ("best", ("Accuracy", "best"), _best),
         ("federated", ("Accuracy", "on clients’ data"), _spread),
-        ("up", ("Sent, MB", "up"), lambda run: _megabytes(_total(run, "bytes_up"))),
-        ("down", ("Sent, MB", "down"), lambda run: _megabytes(_total(run, "bytes_down"))),
-        ("simulated", ("Time, h:mm:ss", "simulated"), lambda run: _clock(_simulated(run))),
+        ("up", ("Sent, MB", "up"), lambda run: _megabytes(run.total("bytes_up"))),
+        ("down", ("Sent, MB", "down"), lambda run: _megabytes(run.total("bytes_down"))),
+        ("simulated", ("Time, h:mm:ss", "simulated"), lambda run: _clock(run.simulated_seconds)),
         ("target", ("Time, h:mm:ss", "to target"), _to_target),
-        ("real", ("Time, h:mm:ss", "real"), lambda run: _clock(_total(run, "real_seconds"))),
+        ("real", ("Time, h:mm:ss", "real"), lambda run: _clock(run.total("real_seconds"))),
     ]
 
 
 def _run_label(run: Run, tones: Tones) -> Markup:
     return Markup(f"<span class='run'>{charts.swatch(tones[run.name])}<span>{escape(run.name)}</span></span>")
+
+
+def _run_cell(run: Run, tones: Tones) -> Markup:
+    short = run.played < run.planned
+    return Markup(_run_label(run, tones) + f" <small>{_progress(run)}</small>" * short)
+
+
+def _method(run: Run) -> Markup:
+    baseline = f" <small>baseline: {escape(run.baseline)}</small>" if run.baseline else ""
+    return Markup(escape(run.method) + baseline)
 
 
 def _best(run: Run) -> Cell:
@@ -197,25 +206,25 @@ def _best(run: Run) -> Cell:
 
 
 def _spread(run: Run) -> Cell:
-    federated = _last(run, "federated")
+    federated = run.newest("federated")
     if federated is None:
         return NONE
-    return f"{_percent(federated.accuracy)} ±{SPACE}{federated.std * 100:.1f}"
+    return f"{_percent(federated.accuracy)}{SPACE}±{SPACE}{federated.std * 100:.1f}"
 
 
 def _to_target(run: Run) -> Cell:
     if run.target is None:
         return None
     if run.target_seconds is None:
-        return Markup(f"not reached <small>{_percent(run.target)}</small>")
+        return Markup(f"{NONE} <small>{_percent(run.target)} not reached</small>")
     return Markup(f"{_clock(run.target_seconds)} <small>{_percent(run.target)}</small>")
 
 
-def _references(runs: Sequence[Run]) -> list[tuple[str, float, str]]:
+def _references(runs: Sequence[Run]) -> list[tuple[str, Number, str]]:
     """Name, accuracy and, where runs differ in it, the runs of each thing that needs no training."""
     found = []
     for key, name in (("overlap", "word overlap"), ("majority", "majority label")):
-        values: dict[float, list[str]] = {}
+        values: dict[Number, list[str]] = {}
         for run in runs:
             value = (run.info.get("references") or {}).get(key)
             if value is not None:
@@ -229,7 +238,7 @@ def _differences(runs: Sequence[Run]) -> str:
     flat = [dict(_flatten(run.recipe)) for run in runs]
     keys = list(dict.fromkeys(key for settings in flat for key in settings))
     rows = [
-        [Markup(f"<code>{escape(key)}</code>"), *(_value(settings.get(key)) for settings in flat)]
+        [Markup(f"<code>{escape(key)}</code>"), *(_plain(settings.get(key)) for settings in flat)]
         for key in keys
         if len({_value(settings.get(key)) for settings in flat}) > 1
     ]
@@ -267,15 +276,15 @@ def _accuracy(runs: Sequence[Run], tones: Tones) -> str:
     if not courses:
         return ""
     levels = _accuracy_levels(runs, courses)
-    divisor, unit = _time_unit(max(_simulated(run) for run in courses))
+    divisor, unit = _time_unit(max(run.simulated_seconds for run in courses))
     y = Axis("", write=lambda value: f"{value * 100:g}{SPACE}%")
 
-    def chart(title: str, x: Axis, place: Callable[[Round], float]) -> str:
+    def chart(title: str, x: Axis, place: Callable[[Round], Number]) -> str:
         series = [
             Series(
                 points=[Point(place(r), r.accuracy or 0.0, _accuracy_tip(run, r)) for r in run.evaluated],
                 tone=tones[run.name] or 0,
-                end=_percent(run.evaluated[-1].accuracy),
+                end=_percent(run.final),
             )
             for run in courses
         ]
@@ -300,7 +309,7 @@ def _accuracy_tip(run: Run, round: Round) -> str:
 
 def _accuracy_levels(runs: Sequence[Run], courses: Sequence[Run]) -> list[Level]:
     """Runs of a single point, the target, and references unless they would squeeze the curves."""
-    flat = [(run.name, run.evaluated[-1].accuracy or 0.0) for run in runs if len(run.evaluated) == 1]
+    flat = [(run.name, run.final) for run in runs if run not in courses and run.final is not None]
     levels = [Level(f"{name} {_percent(value)}", value, strong=True) for name, value in flat]
     levels += [Level(f"target {_percent(value)}", value) for value in sorted({r.target for r in courses if r.target})]
     reached = [round.accuracy or 0.0 for run in courses for round in run.evaluated]
@@ -311,7 +320,7 @@ def _accuracy_levels(runs: Sequence[Run], courses: Sequence[Run]) -> list[Level]
 
 def _traffic(runs: Sequence[Run], tones: Tones) -> str:
     courses = [run for run in runs if tones[run.name] is not None]
-    most = max((_total(run, key) for run in courses for key in ("bytes_up", "bytes_down")), default=0)
+    most = max((run.total(key) for run in courses for key in ("bytes_up", "bytes_down")), default=0)
     if not most:
         return ""
     divisor, unit = _byte_unit(most)
@@ -321,7 +330,7 @@ def _traffic(runs: Sequence[Run], tones: Tones) -> str:
             Series(
                 points=(points := _cumulative(run, key, divisor=divisor, unit=unit)),
                 tone=tones[run.name] or 0,
-                end=f"{points[-1].y:.3g}{SPACE}{unit}",
+                end=f"{_amount(points[-1].y)}{SPACE}{unit}",
             )
             for run in courses
         ]
@@ -334,26 +343,28 @@ def _traffic(runs: Sequence[Run], tones: Tones) -> str:
     return _section("Traffic", up, down, legend=_legend(courses, tones))
 
 
-def _cumulative(run: Run, key: str, *, divisor: float, unit: str) -> list[Point]:
+def _cumulative(run: Run, key: str, *, divisor: Number, unit: str) -> list[Point]:
     points = [Point(max(0, run.rounds[0].number - 1), 0.0, f"{run.name}, before the first round\n0{SPACE}{unit}")]
     total = 0.0
     for round in run.rounds:
         total += getattr(round, key) / divisor
-        tip = f"{run.name}, round {round.number}\n{total:.3g}{SPACE}{unit} so far"
+        tip = f"{run.name}, round {round.number}\n{_amount(total)}{SPACE}{unit} so far"
         points.append(Point(round.number, total, tip))
     return points if run.rounds[0].number else points[1:]
 
 
 def _ranks(runs: Sequence[Run], tones: Tones) -> str:
     figures = [_class_bars(runs, tones)]
-    figures += [_histogram(same) for same in _by_fleet(runs)]
-    figures += [_shrinking(run, many=len(_named(runs)) > 1) for run in runs if run.prunes]
-    scored = [run for run in runs if _last(run, "class_accuracy")]
+    fleets = _by_fleet(runs)
+    figures += [_histogram(same, many=len(fleets) > 1) for same in fleets]
+    figures += [_shrinking(run, runs) for run in runs if run.prunes]
+    figures += [_energy(run, runs) for run in runs if len(run.bands) > 1]
+    scored = [run for run in runs if run.newest("class_accuracy")]
     return _section("Ranks", *figures, legend=_legend(scored, tones))
 
 
 def _class_bars(runs: Sequence[Run], tones: Tones) -> str:
-    scores = [(run, scores) for run in runs if (scores := _last(run, "class_accuracy"))]
+    scores = [(run, scores) for run in runs if (scores := run.newest("class_accuracy"))]
     if not scores:
         return ""
     rows = [
@@ -373,139 +384,80 @@ def _class_bars(runs: Sequence[Run], tones: Tones) -> str:
 
 
 def _by_fleet(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs whose clients are planned at the same ranks share one histogram; one client makes none."""
-    groups: dict[tuple[tuple[str, int], ...], list[Run]] = {}
+    """Runs whose clients are planned alike share one histogram; a single client makes none."""
+    groups: dict[tuple[tuple[str, int, str], ...], list[Run]] = {}
     for run in runs:
-        if len(planned := _planned(run)) > 1:
-            groups.setdefault(tuple(sorted(planned.items())), []).append(run)
+        planned = sorted((client, rank, run.fleet[client].kind) for client, rank in run.first_ranks.items())
+        if len(planned) > 1:
+            groups.setdefault(tuple(planned), []).append(run)
     return list(groups.values())
 
 
-def _planned(run: Run) -> dict[str, int]:
-    """The rank each client was first planned at.
-
-    Clients that were never asked count with their device's rank, but only if the method follows the devices' ranks
-    for everyone it did ask; otherwise their plan is unknown.
-    """
-    first: dict[str, int] = {}
-    for round in run.rounds:
-        first = {**round.planned_ranks, **first}
-    first = {client: rank for client, rank in first.items() if client in run.fleet}
-    follows = all(run.fleet[client].rank == rank for client, rank in first.items())
-    return {client: member.rank for client, member in run.fleet.items()} if follows else first
-
-
-def _histogram(runs: Sequence[Run]) -> str:
-    run, planned = runs[0], _planned(runs[0])
-    kinds = _kinds(run)
-    strengths = _ramp(len(kinds))
+def _histogram(runs: Sequence[Run], *, many: bool) -> str:
+    """Clients by planned rank and device class, of runs in which these are the same."""
+    run, planned = runs[0], runs[0].first_ranks
+    strengths = _ramp(len(run.kinds))
     counts = Counter((rank, run.fleet[client].kind) for client, rank in planned.items())
     stacks = [
         Column(
             label=str(rank),
-            parts=[counts[rank, kind] for kind in kinds],
+            parts=[counts[rank, kind] for kind in run.kinds],
             strengths=strengths,
-            tip=f"rank {rank}\n" + "\n".join(_of_kind(counts[rank, k], k) for k in kinds if counts[rank, k]),
+            tip=_column_tip(rank, {kind: counts[rank, kind] for kind in run.kinds}),
         )
-        for rank in sorted({rank for rank, _ in counts})
+        for rank in sorted(set(planned.values()))
     ]
-    y, x = Axis("", whole=True, low=0), Axis("rank")
-    silent = len(run.fleet) - len(planned)
+    svg = charts.columns(stacks, title="Clients by planned rank", x=Axis("rank"), y=Axis("", whole=True, low=0))
+    title = "Planned ranks: " + ", ".join(same.name for same in runs) if many else "Planned ranks"
+    return _figure(title, _histogram_note(run), _boxes(run.kinds, strengths) + svg)
+
+
+def _histogram_note(run: Run) -> str:
+    silent = len(run.fleet) - len(run.first_ranks)
     note = "How many clients are planned at each rank, by device class."
-    note += f" {_count(silent, 'client')} never asked and left out." if silent else ""
-    svg = charts.columns(stacks, title="Clients by planned rank", x=x, y=y)
-    boxes = "".join(
-        f"<li><i class='box' style='opacity:{strength:.2f}'></i>{escape(kind)}</li>"
-        for kind, strength in zip(kinds, strengths, strict=True)
-    )
-    names = ", ".join(same.name for same in runs)
-    return _figure(f"Planned ranks: {names}", note, f"<ul class='legend'>{boxes}</ul>{svg}")
+    return note + (f" {_count(silent, 'client')} never asked and left out." if silent else "")
 
 
-def _of_kind(number: int, kind: str) -> str:
-    return f"{kind}: {_count(number, 'client')}"
+def _column_tip(rank: int, counts: Mapping[str, int]) -> str:
+    return "\n".join([f"rank {rank}", *(f"{kind}: {_count(n, 'client')}" for kind, n in counts.items() if n)])
 
 
-def _shrinking(run: Run, *, many: bool) -> str:
+def _shrinking(run: Run, runs: Sequence[Run]) -> str:
     """The mean rank of each device class, round by round, where clients come back smaller than planned."""
-    kinds = _kinds(run)
-    course = list(_current_ranks(run))
-    series = [
-        Series(
-            points=[Point(r, mean, f"{kind}, round {r}\nmean rank {mean:.2f}") for r, mean in means],
-            strength=strength,
-            tone=0,
-            end=f"{_short(kind)} {means[-1][1]:.1f}",
-        )
-        for kind, strength in zip(kinds, _ramp(len(kinds), least=0.5), strict=True)
-        if (means := [(r, fmean(rank for c, rank in ranks.items() if run.fleet[c].kind == kind)) for r, ranks in course])
-    ]
-    svg = charts.lines(
-        series, title="Mean rank over rounds", x=Axis("round", low=0, whole=True), y=Axis("", low=0), step=True
-    )
-    name = f"Mean rank over rounds: {run.name}" if many else "Mean rank over rounds"
-    return _figure(name, "Of all clients of a device class; updates that come back smaller lower it.", svg)
+    course = list(run.current_ranks())
+    series = []
+    for kind, strength in zip(run.kinds, _ramp(len(run.kinds), least=0.6), strict=True):
+        means = [(round, fmean(_of_kind(kind, run, ranks))) for round, ranks in course]
+        points = [Point(round, mean, f"{kind}, round {round}\nmean rank {mean:.2f}") for round, mean in means]
+        series.append(Series(points=points, strength=strength, end=f"{_short(kind)} {means[-1][1]:.1f}"))
+    x, y = Axis("round", low=0, whole=True), Axis("", low=0)
+    svg = charts.lines(series, title="Mean rank over rounds", x=x, y=y, step=True)
+    return _figure(_titled("Mean rank", run, runs), "Over all clients of a class, by what each last returned.", svg)
 
 
-def _current_ranks(run: Run) -> Iterator[tuple[int, dict[str, int]]]:
-    """After each round, the rank of every client as far as it is known."""
-    ranks = {client: member.rank for client, member in run.fleet.items()}
-    ranks |= _planned(run)
-    yield max(0, run.rounds[0].number - 1), dict(ranks)
-    for round in run.rounds:
-        ranks |= {client: rank for client, rank in round.returned_ranks.items() if client in ranks}
-        if round.number:
-            yield round.number, dict(ranks)
+def _of_kind(kind: str, run: Run, ranks: Mapping[str, int]) -> list[int]:
+    return [rank for client, rank in ranks.items() if run.fleet[client].kind == kind]
 
 
-def _kinds(run: Run) -> list[str]:
-    """Device classes from the smallest mean rank to the largest."""
-    ranks: dict[str, list[int]] = {}
-    for member in run.fleet.values():
-        ranks.setdefault(member.kind, []).append(member.rank)
-    return sorted(ranks, key=lambda kind: (fmean(ranks[kind]), kind))
-
-
-def _energy(runs: Sequence[Run]) -> str:
-    figures = [_bands(run, many=len(_named(runs)) > 1) for run in runs if len(_band_names(run)) > 1]
-    intro = (
-        "How the global product’s squared singular values divide into bands between the ranks of the device classes. "
-        "What lies above a class’s rank, clients of that class never hold."
-    )
-    return _section("Where the energy is", *figures, intro=intro)
-
-
-def _band_names(run: Run) -> list[str]:
-    names = {band for round in run.rounds for band in round.energy}
-    return sorted(names, key=lambda band: [int(number) for number in re.findall(r"\d+", band)])
-
-
-def _bands(run: Run, *, many: bool) -> str:
-    names = _band_names(run)
+def _energy(run: Run, runs: Sequence[Run]) -> str:
+    """Which share of the global product lies between the ranks of the device classes."""
     measured = [round for round in run.rounds if round.energy]
-    series = [
-        Series(
-            points=[Point(r.number, r.energy.get(band, 0.0), _band_tip(r, band, first=band == names[-1])) for r in measured],
-            strength=strength,
-            end=_dashed(band),
-        )
-        for band, strength in zip(names, _ramp(len(names), least=0.25), strict=True)
-    ]
+    series = []
+    for band, strength in zip(run.bands, _ramp(len(run.bands)), strict=True):
+        shares = [(round.number, round.energy.get(band, 0.0)) for round in measured]
+        points = [Point(number, share, f"ranks {_dashed(band)}: {_percent(share)}") for number, share in shares]
+        series.append(Series(points=points, strength=strength, end=f"{_dashed(band)}: {_percent(shares[-1][1])}"))
     svg = charts.areas(series, title="Energy by rank band over rounds", x=Axis("round", whole=True))
-    name = run.name if many or run.parent else "Ranks over rounds"
-    return _figure(name, f"After round {measured[-1].number}: {_shares(measured[-1], names)}.", svg)
+    note = "Share of the global product’s squared singular values between the ranks of the classes."
+    return _figure(_titled("Energy by rank", run, runs), note, svg)
 
 
-def _band_tip(round: Round, band: str, *, first: bool) -> str:
-    head = f"round {round.number}\n" if first else ""
-    return f"{head}ranks {_dashed(band)}: {_percent(round.energy.get(band, 0.0))}"
+def _titled(title: str, run: Run, runs: Sequence[Run]) -> str:
+    """A figure's title, with the run's name where there are several."""
+    return title if len(_named(runs)) == 1 and run.parent is None else f"{title}: {run.name}"
 
 
-def _shares(round: Round, names: Sequence[str]) -> str:
-    return ", ".join(f"{_percent(round.energy.get(band, 0.0))} in ranks {_dashed(band)}" for band in names)
-
-
-def _ramp(count: int, *, least: float = 0.3) -> list[float]:
+def _ramp(count: int, *, least: float = 0.35) -> list[float]:
     """Opacities from weak to full: the higher the rank, the stronger the colour."""
     return [1.0 if count == 1 else least + (1 - least) * index / (count - 1) for index in range(count)]
 
@@ -524,20 +476,27 @@ def _behind(runs: Sequence[Run]) -> str:
 
 
 def _rounds(run: Run) -> str:
-    bands = _band_names(run)
-    labels = ["Round", "Accuracy", "Loss", "Train loss", "On clients’ data", "MB up", "MB down", "Simulated", "Real"]
-    labels += ["Asked", "Replied", "Mean rank planned", "returned", *(f"Ranks {_dashed(band)}" for band in bands)]
-    rows = [[*_measures(round), *(_percent(round.energy.get(band)) for band in bands)] for round in run.rounds]
-    return _table(labels, rows, name=f"Every round of {run.name}")
+    columns = [
+        ("", "Round"),
+        *[("Accuracy", of) for of in ("test", "clients’ data")],
+        *[("Loss", of) for of in ("test", "training")],
+        *[("Sent, MB", way) for way in ("up", "down")],
+        *[("Time, h:mm:ss", clock) for clock in ("simulated", "real")],
+        *[("Clients", what) for what in ("asked", "replied")],
+        *[("Mean rank", what) for what in ("planned", "returned")],
+        *[("Energy in ranks", _dashed(band)) for band in run.bands],
+    ]
+    rows = [[*_measures(round), *(_percent(round.energy.get(band)) for band in run.bands)] for round in run.rounds]
+    return _table([label for _, label in columns], rows, groups=_groups(columns), name=f"Every round of {run.name}")
 
 
 def _measures(round: Round) -> list[Cell]:
     return [
         round.number,
         _percent(round.accuracy),
-        _decimals(round.loss, 4),
-        _decimals(round.train_loss, 4),
         _percent(round.federated.accuracy if round.federated else None),
+        _decimals(round.loss, 3),
+        _decimals(round.train_loss, 3),
         _megabytes(round.bytes_up),
         _megabytes(round.bytes_down),
         _clock(round.simulated_seconds),
@@ -575,7 +534,9 @@ def _toml(table: Mapping[str, Any], path: str = "") -> str:
     plain = {key: value for key, value in table.items() if not isinstance(value, Mapping) and value is not None}
     lines = [f"[{path}]"] if path and (plain or not table) else []
     lines += [f"{_key(key)} = {_value(value)}" for key, value in plain.items()]
-    tables = [_toml(value, f"{path}.{_key(key)}".lstrip(".")) for key, value in table.items() if isinstance(value, Mapping)]
+    tables = [
+        _toml(value, f"{path}.{_key(key)}".lstrip(".")) for key, value in table.items() if isinstance(value, Mapping)
+    ]
     return "\n\n".join(part for part in ["\n".join(lines), *tables] if part)
 
 
@@ -621,6 +582,15 @@ def _pairs(values: Mapping[str, str]) -> str:
     return f"<dl class='facts'>{pairs}</dl>"
 
 
+def _boxes(names: Sequence[str], strengths: Sequence[Number]) -> str:
+    """The legend of one colour in several strengths."""
+    items = "".join(
+        f"<li><i class='box' style='opacity:{strength:.2f}'></i>{escape(name)}</li>"
+        for name, strength in zip(names, strengths, strict=True)
+    )
+    return f"<ul class='legend'>{items}</ul>"
+
+
 def _legend(runs: Sequence[Run], tones: Tones) -> str:
     """Which line is which run; a single one needs none."""
     if len(runs) < 2:
@@ -633,12 +603,17 @@ def _table(
 ) -> str:
     """A table whose first column names the row. It scrolls by itself where the page is too narrow for it."""
     upper = "".join(
-        f"<th colspan='{span}' scope='colgroup'>{escape(group)}</th>" if group else f"<td colspan='{span}'></td>"
+        f"<th colspan='{span}' scope='colgroup'><span>{escape(group)}</span></th>"
+        if group
+        else f"<td colspan='{span}'></td>"
         for group, span in groups
     )
     head = f"<tr class='groups'>{upper}</tr>" if groups else ""
-    head += "<tr>" + "".join(f"<th scope='col'>{escape(label)}</th>" for label in labels) + "</tr>"
-    body = "".join(f"<tr>{_row(row)}</tr>" for row in rows)
+    words = [any(_is_words(row[place]) for row in rows) for place in range(len(labels))]
+    kinds = [" class='words'" if wordy else "" for wordy in words]
+    titles = zip(labels, kinds, strict=True)
+    head += "<tr>" + "".join(f"<th scope='col'{kind}>{escape(label)}</th>" for label, kind in titles) + "</tr>"
+    body = "".join(f"<tr>{_row(row, kinds)}</tr>" for row in rows)
     caption = f"<caption>{escape(name)}</caption>"
     return (
         f"<div class='scroll' role='region' aria-label='{escape(name)}' tabindex='0'>"
@@ -646,9 +621,14 @@ def _table(
     )
 
 
-def _row(cells: Sequence[Cell]) -> str:
-    first, *others = [_cell(cell) for cell in cells]
-    return f"<th scope='row'>{first}</th>" + "".join(f"<td>{cell}</td>" for cell in others)
+def _is_words(cell: Cell) -> bool:
+    """Whether a cell is to be read rather than compared by its digits."""
+    return isinstance(cell, str) and re.match(r"[^\d–\[]*[^\W\d]", cell) is not None
+
+
+def _row(cells: Sequence[Cell], kinds: Sequence[str]) -> str:
+    first, *others = [f"{kind}>{_cell(cell)}" for cell, kind in zip(cells, kinds, strict=True)]
+    return f"<th scope='row'{first}</th>" + "".join(f"<td{other}</td>" for other in others)
 
 
 def _cell(cell: Cell) -> str:
@@ -657,51 +637,37 @@ def _cell(cell: Cell) -> str:
     return "" if cell is None else escape(str(cell))
 
 
-def _groups(names: Sequence[str]) -> list[tuple[str, int]]:
-    """Neighbours of the same name as (name, how many)."""
-    groups: list[tuple[str, int]] = []
-    for name in names:
-        if groups and groups[-1][0] == name:
-            groups[-1] = (name, groups[-1][1] + 1)
-        else:
-            groups.append((name, 1))
-    return groups
+def _groups(titles: Sequence[tuple[str, str]]) -> list[tuple[str, int]]:
+    """Neighbours in a table's head that share a group, as (group, how many)."""
+    return [(group, len(list(members))) for group, members in groupby(title[0] for title in titles)]
 
 
 # --- numbers as text ----------------------------------------------------------------------------------------------
-
-
-def _last(run: Run, key: str) -> Any:
-    """The newest value of a field that not every round has."""
-    return next((value for round in reversed(run.rounds) if (value := getattr(round, key))), None)
-
-
-def _total(run: Run, key: str) -> float:
-    return sum(getattr(round, key) for round in run.rounds)
-
-
-def _simulated(run: Run) -> float:
-    return run.rounds[-1].simulated_seconds if run.rounds else 0.0
 
 
 def _mean(ranks: Mapping[str, int]) -> float | None:
     return fmean(ranks.values()) if ranks else None
 
 
-def _percent(share: float | None) -> str:
+def _percent(share: Number | None) -> str:
     return NONE if share is None else f"{share * 100:.1f}{SPACE}%"
 
 
-def _decimals(value: float | None, digits: int) -> str:
+def _decimals(value: Number | None, digits: int) -> str:
     return NONE if value is None else f"{value:.{digits}f}"
 
 
-def _megabytes(size: float) -> str:
+def _megabytes(size: Number) -> str:
     megabytes = size / 1e6
     return f"{megabytes:,.1f}" if megabytes >= 1 or not megabytes else f"{megabytes:.3f}"
 
 
-def _clock(seconds: float) -> str:
+def _amount(value: Number) -> str:
+    """Three digits that count, written without an exponent."""
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
+def _clock(seconds: Number) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"
@@ -711,14 +677,17 @@ def _count(number: int, one: str, many: str = "") -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
-def _time_unit(seconds: float) -> tuple[float, str]:
+def _time_unit(seconds: Number) -> tuple[Number, str]:
     """A unit in which a time is a handy number, as seconds and as an axis label."""
     units = [(86400, "days"), (3600, "hours"), (60, "minutes")]
-    return next(((float(size), f"simulated time, {name}") for size, name in units if seconds >= 3 * size), (1.0, "simulated time, seconds"))
+    return next(
+        ((float(size), f"simulated time, {name}") for size, name in units if seconds >= 3 * size),
+        (1.0, "simulated time, seconds"),
+    )
 
 
-def _byte_unit(size: float) -> tuple[float, str]:
-    units = [(1e9, "GB"), (1e6, "MB"), (1e3, "kB")]
+def _byte_unit(size: Number) -> tuple[Number, str]:
+    units = [(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")]
     return next((unit for unit in units if size >= unit[0]), (1.0, "B"))
 
 
@@ -728,6 +697,10 @@ def _dashed(band: str) -> str:
 
 def _short(name: str) -> str:
     return name if len(name) <= 12 else name[:11] + "…"
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else _value(value)
 
 
 def _value(value: Any) -> str:

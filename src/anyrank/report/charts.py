@@ -6,19 +6,35 @@ that nothing rests on colour alone. A `<title>` in a mark is its tooltip.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-__all__ = ["Axis", "Bar", "Column", "Level", "Point", "Series", "areas", "bars", "columns", "lines", "swatch", "ticks"]
+__all__ = [
+    "Axis",
+    "Bar",
+    "Column",
+    "Level",
+    "Number",
+    "Point",
+    "Series",
+    "areas",
+    "bars",
+    "columns",
+    "lines",
+    "swatch",
+    "ticks",
+]
 
 WIDTH, HEIGHT = 460, 280
-TOP, BOTTOM, LEFT = 14, 42, 48
-LINE_HEIGHT, LETTER = 13, 6.6
+TOP, BOTTOM, LEFT = 14, 42, 56
+LINE_HEIGHT, LETTER = 14, 6.6
 TONES = 5
 MANY_POINTS = 40
+NO_XML = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")  # what names may hold and XML cannot write
 SHAPES = (
     "M-3.4,0a3.4,3.4 0 1,0 6.8,0a3.4,3.4 0 1,0 -6.8,0Z",
     "M-3.1,-3.1H3.1V3.1H-3.1Z",
@@ -26,6 +42,9 @@ SHAPES = (
     "M0,-4.4L4.4,0L0,4.4L-4.4,0Z",
     "M0,4.2L4,-3H-4Z",
 )
+
+
+Number = int | float
 
 
 @dataclass(frozen=True)
@@ -41,9 +60,9 @@ class Axis:
     """
 
     label: str
-    write: Callable[[float], str] = "{:g}".format
-    low: float | None = None
-    high: float | None = None
+    write: Callable[[Number], str] = "{:g}".format
+    low: Number | None = None
+    high: Number | None = None
     whole: bool = False
 
 
@@ -57,8 +76,8 @@ class Point:
         tip: the text of its tooltip.
     """
 
-    x: float
-    y: float
+    x: Number
+    y: Number
     tip: str
 
 
@@ -75,7 +94,7 @@ class Series:
 
     points: Sequence[Point]
     tone: int = 0
-    strength: float = 1.0
+    strength: Number = 1.0
     end: str = ""
 
 
@@ -90,7 +109,7 @@ class Level:
     """
 
     label: str
-    y: float
+    y: Number
     strong: bool = False
 
 
@@ -106,8 +125,8 @@ class Column:
     """
 
     label: str
-    parts: Sequence[float]
-    strengths: Sequence[float]
+    parts: Sequence[Number]
+    strengths: Sequence[Number]
     tip: str
 
 
@@ -124,7 +143,7 @@ class Bar:
     """
 
     group: str
-    value: float
+    value: Number
     text: str
     tone: int | None
     tip: str
@@ -134,30 +153,30 @@ class Bar:
 class _Scale:
     """From numbers to units of the drawing."""
 
-    low: float
-    high: float
-    start: float
-    stop: float
+    low: Number
+    high: Number
+    start: Number
+    stop: Number
 
-    def __call__(self, value: float) -> float:
+    def __call__(self, value: Number) -> Number:
         span = (self.high - self.low) or 1.0
         return self.start + (value - self.low) / span * (self.stop - self.start)
 
 
-def ticks(low: float, high: float, *, count: int = 5, whole: bool = False) -> list[float]:
-    """Round numbers from at or below `low` to at or above `high`, about `count` steps apart from each other.
+def ticks(low: Number, high: Number, *, count: int = 5, whole: bool = False) -> list[Number]:
+    """Round numbers at equal distances, from at or below `low` to at or above `high`.
 
     Args:
         low: least value.
         high: greatest value.
-        count: how many steps are wanted; there are at most twice as many.
+        count: how many steps are wanted; it may be one or two more or fewer.
         whole: only whole numbers.
     """
     if high <= low:
-        low, high = low - abs(low) * 0.1 - 0.05, high + abs(high) * 0.1 + 0.05
+        low, high = (low - abs(low) * 0.1, low) if low else (0.0, 1.0)
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.7)
     step = max(1.0, round(step)) if whole else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(index * step, 10) for index in range(first, last + 1)]
@@ -176,7 +195,7 @@ def lines(
         levels: values to compare with.
         step: hold each value until the next one.
     """
-    right = _margin([one.end for one in series])
+    right = _margin(series)
     points = [point for one in series for point in one.points]
     across = _across(points, x, right=right)
     grid = _heights([point.y for point in points] + [level.y for level in levels], y)
@@ -185,8 +204,9 @@ def lines(
         title,
         _grid(grid, up, y, right=right),
         _below(across, x),
-        *_levels(levels, points, across, up),
+        *[_rule(level, across, up) for level in levels],
         *[_line(one, across, up, step=step) for one in series],
+        *_level_labels(levels, [one.points for one in series], across, up),
         _ends([(up(one.points[-1].y), one) for one in series if one.points and one.end], right=right),
     )
 
@@ -199,21 +219,27 @@ def areas(bands: Sequence[Series], *, title: str, x: Axis) -> str:
         title: what the chart is called by a screen reader.
         x: horizontal axis.
     """
-    right = _margin([band.end for band in bands])
+    right = _margin(bands)
     places = _widened([point.x for point in bands[0].points])
     across = _across([Point(place, 0, "") for place in places], Axis(x.label, low=places[0], whole=True), right=right)
     up = _Scale(0, 1, HEIGHT - BOTTOM, TOP)
     shares = [[point.y for point in band.points] for band in bands]
-    tops = [[0.0] * len(shares[0]), *accumulate(shares, lambda below, more: [a + b for a, b in zip(below, more, strict=True)])]
+    tops = [
+        [0.0] * len(shares[0]),
+        *accumulate(shares, lambda below, more: [a + b for a, b in zip(below, more, strict=True)]),
+    ]
     middles = [up((low[-1] + high[-1]) / 2) for low, high in pairwise(tops)]
-    axis = Axis("", write=lambda share: f"{share * 100:.0f} %")
+    axis = Axis("", write=lambda share: f"{share * 100:.0f}\N{NO-BREAK SPACE}%")
     return _svg(
         title,
-        *[_area(band, _edge(places, low, across, up), _edge(places, high, across, up)) for band, (low, high) in zip(bands, pairwise(tops), strict=True)],
+        *[
+            _area(band, _edge(places, low, across, up), _edge(places, high, across, up))
+            for band, (low, high) in zip(bands, pairwise(tops), strict=True)
+        ],
         _grid([0, 0.25, 0.5, 0.75, 1.0], up, axis, right=right),
         _below(across, x),
-        _ends(list(zip(middles, bands, strict=True)), right=right, plain=True),
-        *_slices(bands, places, across),
+        _ends(list(zip(middles, bands, strict=True)), right=right),
+        *_slices(_tips(bands, x), places, across),
     )
 
 
@@ -248,7 +274,7 @@ def bars(rows: Sequence[Bar], *, title: str) -> str:
         title: what the chart is called by a screen reader.
     """
     thick, gap = (24, 16) if len({row.group for row in rows}) == len(rows) else (15, 18)
-    left = 14 + LETTER * max(len(row.group) for row in rows)
+    left = 18 + LETTER * max(len(row.group) for row in rows)
     across = _Scale(0, 1, left, WIDTH - 12 - LETTER * max(len(row.text) for row in rows))
     drawn, y, group = [], 4.0, None
     for row in rows:
@@ -265,7 +291,9 @@ def bars(rows: Sequence[Bar], *, title: str) -> str:
 def swatch(tone: int | None) -> str:
     """A piece of line as the legend shows it; None is a run that is drawn as a level."""
     stroke = _node("line", x1=0, x2=26, y1=6, y2=6, class_="level strong" if tone is None else "line")
-    marks = [] if tone is None else [_node("path", d=SHAPES[tone % TONES], transform="translate(13,6)", class_="mark")]
+    marks = (
+        [] if tone is None else [_node("path", d=SHAPES[tone % TONES], transform=_moved(13, 6), class_="mark still")]
+    )
     group = _node("g", stroke, *marks, class_=_tone(tone))
     svg = _node("svg", group, class_="swatch", viewBox="0 0 26 12", width=26, height=12, aria_hidden="true")
     return ElementTree.tostring(svg, encoding="unicode")
@@ -274,27 +302,33 @@ def swatch(tone: int | None) -> str:
 # --- axes ---------------------------------------------------------------------------------------------------------
 
 
-def _margin(ends: Sequence[str]) -> float:
-    return 14 + LETTER * max((len(end) for end in ends), default=0)
+def _margin(series: Sequence[Series]) -> Number:
+    """Room for labels at the right edge, and for markers before them if there are several tones."""
+    longest = max((len(one.end) for one in series), default=0)
+    return LETTER * longest + (28 if _mixed(series) else 14)
 
 
-def _across(points: Sequence[Point], x: Axis, *, right: float) -> _Scale:
+def _mixed(series: Sequence[Series]) -> bool:
+    return len({one.tone for one in series}) > 1
+
+
+def _across(points: Sequence[Point], x: Axis, *, right: Number) -> _Scale:
     low = x.low if x.low is not None else min((point.x for point in points), default=0.0)
     high = x.high if x.high is not None else max((point.x for point in points), default=low)
     return _Scale(low, high if high > low else low + 1, LEFT, WIDTH - right)
 
 
-def _heights(values: Sequence[float], y: Axis) -> list[float]:
+def _heights(values: Sequence[Number], y: Axis) -> list[Number]:
     low = y.low if y.low is not None else min(values, default=0.0)
     high = y.high if y.high is not None else max(values, default=1.0)
     return ticks(low, high, whole=y.whole)
 
 
-def _upwards(grid: Sequence[float]) -> _Scale:
+def _upwards(grid: Sequence[Number]) -> _Scale:
     return _Scale(grid[0], grid[-1], HEIGHT - BOTTOM, TOP)
 
 
-def _grid(grid: Sequence[float], up: _Scale, y: Axis, *, right: float) -> Element:
+def _grid(grid: Sequence[Number], up: _Scale, y: Axis, *, right: Number) -> Element:
     rules = [
         _node("line", x1=LEFT, x2=WIDTH - right, y1=up(tick), y2=up(tick), class_="rule" if tick > grid[0] else "axis")
         for tick in grid
@@ -304,10 +338,10 @@ def _grid(grid: Sequence[float], up: _Scale, y: Axis, *, right: float) -> Elemen
 
 
 def _below(across: _Scale, x: Axis) -> Element:
-    inside = [tick for tick in ticks(across.low, across.high, whole=x.whole) if across.low <= tick <= across.high]
-    labels = [
-        _text(x.write(tick), across(tick), HEIGHT - BOTTOM + 16, "tick", anchor="middle") for tick in inside
+    inside = [
+        tick for tick in ticks(across.low, across.high, count=6, whole=x.whole) if across.low <= tick <= across.high
     ]
+    labels = [_text(x.write(tick), across(tick), HEIGHT - BOTTOM + 16, "tick", anchor="middle") for tick in inside]
     stubs = [
         _node("line", x1=across(tick), x2=across(tick), y1=HEIGHT - BOTTOM, y2=HEIGHT - BOTTOM + 4, class_="axis")
         for tick in inside
@@ -332,7 +366,7 @@ def _line(one: Series, across: _Scale, up: _Scale, *, step: bool) -> Element:
             "path",
             _node("title", point.tip),
             d=SHAPES[one.tone % TONES],
-            transform=f"translate({_number(x)},{_number(y)})",
+            transform=_moved(x, y),
             class_="mark faint" if crowded else "mark",
         )
         for point, (x, y) in zip(one.points, places, strict=True)
@@ -340,81 +374,119 @@ def _line(one: Series, across: _Scale, up: _Scale, *, step: bool) -> Element:
     return _node("g", path, *marks, class_=_tone(one.tone), opacity=one.strength)
 
 
-def _stairs(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _stairs(places: Sequence[tuple[Number, Number]]) -> list[tuple[Number, Number]]:
     corners = list(places[:1])
     for (_, before), (x, y) in pairwise(places):
         corners += [(x, before), (x, y)]
     return corners
 
 
-def _levels(levels: Sequence[Level], points: Sequence[Point], across: _Scale, up: _Scale) -> list[Element]:
-    """Dashed lines, each label on the side where the data is further away."""
+def _rule(level: Level, across: _Scale, up: _Scale) -> Element:
+    kind = "level strong" if level.strong else "level"
+    return _node("line", x1=across.start, x2=across.stop, y1=up(level.y), y2=up(level.y), class_=kind)
+
+
+def _level_labels(
+    levels: Sequence[Level], courses: Sequence[Sequence[Point]], across: _Scale, up: _Scale
+) -> list[Element]:
+    """Labels over their lines, each at the end where curves leave it more room."""
     drawn = []
-    for left in (True, False):
-        chosen = [level for level in levels if _calmer_left(level, points, across, up) == left]
-        heights = _spread([up(level.y) - 5 for level in chosen])
-        for level, height in zip(chosen, heights, strict=True):
-            drawn.append(_level(level, across, up, height=height, left=left))
+    for at_left in (True, False):
+        here = [level for level in levels if _freer_left(level, courses, across, up) == at_left]
+        heights = _spread([up(level.y) - 5 for level in here])
+        x, anchor = (across.start + 5, "start") if at_left else (across.stop - 4, "end")
+        drawn += [
+            _text(level.label, x, height, "level-label", anchor=anchor)
+            for level, height in zip(here, heights, strict=True)
+        ]
     return drawn
 
 
-def _calmer_left(level: Level, points: Sequence[Point], across: _Scale, up: _Scale) -> bool:
-    middle = (across.low + across.high) / 2
+def _freer_left(level: Level, courses: Sequence[Sequence[Point]], across: _Scale, up: _Scale) -> bool:
+    span, height = LETTER * len(level.label), up(level.y) - 8
+    placed = [[(across(point.x), up(point.y)) for point in course] for course in courses]
 
-    def room(side: Sequence[Point]) -> float:
-        return min((abs(up(point.y) - up(level.y) + 8) for point in side), default=math.inf)
+    def room(start: Number) -> Number:
+        beside = [start + span * part / 6 for part in range(7)]
+        gaps = [abs(_height_at(x, course) - height) for course in placed for x in beside]
+        return sum(min(gap, 2 * LINE_HEIGHT) for gap in gaps)
 
-    return room([p for p in points if p.x <= middle]) >= room([p for p in points if p.x > middle])
-
-
-def _level(level: Level, across: _Scale, up: _Scale, *, height: float, left: bool) -> Element:
-    kind = "level strong" if level.strong else "level"
-    rule = _node("line", x1=across.start, x2=across.stop, y1=up(level.y), y2=up(level.y), class_=kind)
-    x, anchor = (across.start + 5, "start") if left else (across.stop - 4, "end")
-    return _node("g", rule, _text(level.label, x, height, "level-label", anchor=anchor))
+    return room(across.start) >= room(across.stop - span)
 
 
-def _ends(places: Sequence[tuple[float, Series]], *, right: float, plain: bool = False) -> Element:
-    """Labels at the right edge, moved apart where they would overlap."""
-    ordered = sorted(places, key=lambda place: place[0])
+def _height_at(x: Number, course: Sequence[tuple[Number, Number]]) -> Number:
+    """How high a curve is at some place; infinitely far away where it has not begun or is over."""
+    for (x0, y0), (x1, y1) in pairwise(course):
+        if x0 <= x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / ((x1 - x0) or 1.0)
+    return math.inf
+
+
+def _ends(places: Sequence[tuple[Number, Series]], *, right: Number) -> Element:
+    """Labels at the right edge, moved apart where they would overlap; every so many of them where there is no room for all."""
+    every = math.ceil(len(places) * LINE_HEIGHT / (HEIGHT - TOP - BOTTOM)) or 1
+    ordered = sorted(places, key=lambda place: place[0])[::every]
     heights = _spread([height for height, _ in ordered])
+    edge = WIDTH - right
+    signs, indent = [], 8
+    if _mixed([one for _, one in ordered]):
+        signs = [_sign(one, edge, place, height) for height, (place, one) in zip(heights, ordered, strict=True)]
+        indent = 26
     labels = [
-        _text(one.end, WIDTH - right + 8, height + 4, "end" if plain else f"end {_tone(one.tone)}")
-        for height, (_, one) in zip(heights, ordered, strict=True)
+        _text(one.end, edge + indent, height + 4, "end") for height, (_, one) in zip(heights, ordered, strict=True)
     ]
-    return _node("g", *labels)
+    return _node("g", *signs, *labels)
 
 
-def _spread(heights: Sequence[float]) -> list[float]:
-    """The same heights in their order, at least a line apart and inside the plot."""
+def _sign(one: Series, edge: Number, place: Number, height: Number) -> Element:
+    """A series' marker before its label, and a thin line from where the series ends."""
+    lead = _node("polyline", points=_points([(edge + 5, place), (edge + 14, height)]), class_="lead")
+    mark = _node("path", d=SHAPES[one.tone % TONES], transform=_moved(edge + 17, height), class_="mark still")
+    return _node("g", lead, mark, class_=_tone(one.tone))
+
+
+def _spread(heights: Sequence[Number]) -> list[Number]:
+    """The same heights in their order, at least a line apart and inside the plot, each moved as little as its neighbours."""
     order = sorted(range(len(heights)), key=lambda index: heights[index])
-    placed = [0.0] * len(heights)
-    above = -math.inf
-    for index in order:
-        above = placed[index] = max(heights[index], above + LINE_HEIGHT)
-    below = HEIGHT - BOTTOM + LINE_HEIGHT
-    for index in reversed(order):
-        below = placed[index] = min(placed[index], below - LINE_HEIGHT)
-    return placed
+    wanted = [heights[index] for index in order]
+    pushed_down = _apart(wanted)
+    pushed_up = [-height for height in reversed(_apart([-height for height in reversed(wanted)]))]
+    middle = [(down + up) / 2 for down, up in zip(pushed_down, pushed_up, strict=True)]
+    lowest = HEIGHT - BOTTOM
+    lifted = [-height for height in reversed(_apart([max(-lowest, -height) for height in reversed(middle)]))]
+    placed = dict(zip(order, lifted, strict=True))
+    return [placed[index] for index in range(len(heights))]
 
 
-def _widened(places: list[float]) -> list[float]:
+def _apart(heights: Sequence[Number]) -> list[Number]:
+    """Rising heights, each pushed on until it is a line away from the one before."""
+    return list(accumulate(heights, lambda before, height: max(height, before + LINE_HEIGHT)))
+
+
+def _widened(places: list[Number]) -> list[Number]:
     return places if len(places) > 1 else [places[0] - 0.5, places[0] + 0.5]
 
 
-def _edge(places: Sequence[float], heights: Sequence[float], across: _Scale, up: _Scale) -> list[tuple[float, float]]:
+def _edge(
+    places: Sequence[Number], heights: Sequence[Number], across: _Scale, up: _Scale
+) -> list[tuple[Number, Number]]:
     heights = heights if len(heights) == len(places) else [heights[0]] * len(places)
     return [(across(x), up(height)) for x, height in zip(places, heights, strict=True)]
 
 
-def _area(band: Series, lower: list[tuple[float, float]], upper: list[tuple[float, float]]) -> Element:
+def _area(band: Series, lower: list[tuple[Number, Number]], upper: list[tuple[Number, Number]]) -> Element:
     shape = _node("polygon", points=_points(upper + lower[::-1]), class_="area", fill_opacity=band.strength)
     return _node("g", shape, class_=_tone(band.tone))
 
 
-def _slices(bands: Sequence[Series], places: Sequence[float], across: _Scale) -> list[Element]:
+def _tips(bands: Sequence[Series], x: Axis) -> list[str]:
+    """One tooltip for each x, with the bands in the order in which they are seen."""
+    stacks = zip(*[band.points for band in reversed(bands)], strict=True)
+    return ["\n".join([f"{x.label} {stack[0].x:g}", *(point.tip for point in stack)]) for stack in stacks]
+
+
+def _slices(tips: Sequence[str], places: Sequence[Number], across: _Scale) -> list[Element]:
     """Invisible strips that carry the tooltips, each reaching half way to its neighbours."""
-    tips = ["\n".join(band.points[i].tip for band in reversed(bands)) for i in range(len(bands[0].points))]
     xs = [across(place) for place in places]
     halves = [(a + b) / 2 for a, b in pairwise(xs)] if len(tips) > 1 else []
     edges = [xs[0], *halves, xs[-1]]
@@ -424,7 +496,7 @@ def _slices(bands: Sequence[Series], places: Sequence[float], across: _Scale) ->
     ]
 
 
-def _column(stack: Column, left: float, pitch: float, up: _Scale) -> Element:
+def _column(stack: Column, left: Number, pitch: Number, up: _Scale) -> Element:
     width = min(pitch * 0.7, 56)
     x = left + (pitch - width) / 2
     tops = [0.0, *accumulate(stack.parts)]
@@ -434,10 +506,11 @@ def _column(stack: Column, left: float, pitch: float, up: _Scale) -> Element:
         if high > low
     ]
     total = [_text(f"{tops[-1]:g}", x + width / 2, up(tops[-1]) - 5, "value", anchor="middle")] if pitch > 16 else []
-    return _node("g", _node("title", stack.tip), *parts, *total, class_=f"mark {_tone(0)}")
+    ground = _node("rect", x=x, width=width, y=up(tops[-1]), height=up(0) - up(tops[-1]), class_="ground")
+    return _node("g", _node("title", stack.tip), ground, *parts, *total, class_=f"mark {_tone(0)}")
 
 
-def _bar(row: Bar, y: float, thick: float, across: _Scale) -> Element:
+def _bar(row: Bar, y: Number, thick: Number, across: _Scale) -> Element:
     shape = _node("rect", x=across.start, width=across(row.value) - across.start, y=y, height=thick, class_="bar")
     label = _text(row.text, across(row.value) + 6, y + thick / 2 + 4, "value")
     return _node("g", _node("title", row.tip), shape, label, class_=f"mark {_tone(row.tone)}")
@@ -452,20 +525,20 @@ def _tone(tone: int | None) -> str:
 # --- elements -----------------------------------------------------------------------------------------------------
 
 
-def _svg(title: str, *children: Element, height: float = HEIGHT) -> str:
+def _svg(title: str, *children: Element, height: Number = HEIGHT) -> str:
     svg = _node("svg", *children, viewBox=f"0 0 {WIDTH} {_number(height)}", role="img", aria_label=title)
     return ElementTree.tostring(svg, encoding="unicode")
 
 
-def _text(content: str, x: float, y: float, kind: str, *, anchor: str = "start") -> Element:
+def _text(content: str, x: Number, y: Number, kind: str, *, anchor: str = "start") -> Element:
     return _node("text", content, x=x, y=y, class_=kind, text_anchor=anchor)
 
 
-def _node(tag: str, *children: Element | str, **attributes: float | str) -> Element:
+def _node(tag: str, *children: Element | str, **attributes: Number | str) -> Element:
     node = Element(tag, {_attribute(name): _number(value) for name, value in attributes.items()})
     for child in children:
         if isinstance(child, str):
-            node.text = child
+            node.text = NO_XML.sub("", child)
         else:
             node.append(child)
     return node
@@ -475,9 +548,13 @@ def _attribute(name: str) -> str:
     return name if name == "viewBox" else name.rstrip("_").replace("_", "-")
 
 
-def _points(places: Sequence[tuple[float, float]]) -> str:
+def _moved(x: Number, y: Number) -> str:
+    return f"translate({_number(x)},{_number(y)})"
+
+
+def _points(places: Sequence[tuple[Number, Number]]) -> str:
     return " ".join(f"{_number(x)},{_number(y)}" for x, y in places)
 
 
-def _number(value: float | str) -> str:
+def _number(value: Number | str) -> str:
     return value if isinstance(value, str) else f"{round(value, 2) + 0.0:g}"

@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from anyrank.errors import RecordError
@@ -145,14 +147,24 @@ class Run:
         return tuple(round for round in self.rounds if round.accuracy is not None)
 
     @property
+    def final(self) -> float | None:
+        """The newest accuracy."""
+        return self.newest("accuracy")
+
+    @property
     def best(self) -> Round | None:
         """The round of the highest accuracy, the first one at a tie."""
         return max(self.evaluated, key=lambda round: round.accuracy or 0.0, default=None)
 
     @property
+    def simulated_seconds(self) -> float:
+        """What the virtual clock shows."""
+        return self.rounds[-1].simulated_seconds if self.rounds else 0.0
+
+    @property
     def target(self) -> float | None:
         """The accuracy that the run was to reach, if it had one."""
-        return self.recipe.get("evaluate", {}).get("target")
+        return _finite(self.recipe.get("evaluate", {}).get("target"))
 
     @property
     def target_seconds(self) -> float | None:
@@ -179,6 +191,52 @@ class Run:
             for client, rank in round.returned_ranks.items()
         )
 
+    @property
+    def kinds(self) -> list[str]:
+        """Device classes from the smallest mean rank to the largest."""
+        ranks: dict[str, list[int]] = {}
+        for member in self.fleet.values():
+            ranks.setdefault(member.kind, []).append(member.rank)
+        return sorted(ranks, key=lambda kind: (fmean(ranks[kind]), kind))
+
+    @property
+    def bands(self) -> list[str]:
+        """The energy bands of any round, from the lowest ranks up."""
+        names = {band for round in self.rounds for band in round.energy}
+        return sorted(names, key=lambda band: [int(number) for number in re.findall(r"\d+", band)])
+
+    @property
+    def first_ranks(self) -> dict[str, int]:
+        """The rank that each client was first planned at.
+
+        Clients that were never asked count with their device's rank, but only if the method follows the devices'
+        ranks for everyone it did ask; otherwise nobody knows, and they are left out.
+        """
+        first: dict[str, int] = {}
+        for round in reversed(self.rounds):
+            first |= round.planned_ranks
+        first = {client: rank for client, rank in first.items() if client in self.fleet}
+        follows = all(self.fleet[client].rank == rank for client, rank in first.items())
+        return {client: member.rank for client, member in self.fleet.items()} if follows else first
+
+    def current_ranks(self) -> Iterator[tuple[int, dict[str, int]]]:
+        """Before the first round and after each one: its number, and the rank of every client by what it last returned."""
+        ranks = {client: member.rank for client, member in self.fleet.items()} | self.first_ranks
+        yield max(0, self.rounds[0].number - 1), dict(ranks)
+        for round in self.rounds:
+            ranks |= {client: rank for client, rank in round.returned_ranks.items() if client in ranks}
+            if round.number:
+                yield round.number, dict(ranks)
+
+    def total(self, key: str) -> int | float:
+        """The sum of a field over the rounds."""
+        return sum(getattr(round, key) for round in self.rounds)
+
+    def newest(self, key: str) -> Any:
+        """The last value of a field that not every round has; None if none has."""
+        found = (value for round in reversed(self.rounds) if (value := getattr(round, key)) not in (None, {}))
+        return next(found, None)
+
 
 def read(folders: Sequence[Path]) -> list[Run]:
     """Read run folders, each followed by what it is compared with.
@@ -194,7 +252,7 @@ def read(folders: Sequence[Path]) -> list[Run]:
         runs[path] = _run(path, name, parent=None)
         for nested in sorted(path.glob("compare/*/run.json")):
             inner = nested.parent.name
-            label = inner if len(paths) == 1 else f"{name}: {inner}"
+            label = inner if len(paths) == 1 and inner != name else f"{name}: {inner}"
             runs.setdefault(nested.parent.resolve(), _run(nested.parent, label, parent=name))
     return list(runs.values())
 
@@ -313,7 +371,7 @@ def _rejection(entry: Mapping[str, Any]) -> Rejection:
     return Rejection(client=str(entry["client"]), stage=str(entry["stage"]), reason=str(entry["reason"]))
 
 
-def _finite(value: float | None) -> float | None:
+def _finite(value: int | float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 

@@ -1,0 +1,307 @@
+"""Adapters as bytes, and what is let into a round."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from anyrank import lowrank
+from anyrank.adapter import Adapter, LowRank
+from anyrank.errors import RecordError, UpdateRejected
+from anyrank.federation import Task, Update
+from anyrank.wire import check_norms, check_update, decode, encode, nbytes
+from federations import (
+    Setup,
+    assert_same,
+    low_rank,
+    plan_for,
+    random_adapter,
+    reply,
+    setups,
+    spec_of,
+)
+
+SPEC = spec_of(Setup())
+PLAN = plan_for(SPEC, "ann", 2)
+START = random_adapter(SPEC, PLAN.ranks, "start")
+TASK = Task("train", 3, PLAN, START)
+TRAINED = random_adapter(SPEC, PLAN.ranks, "trained")
+
+
+# --- bytes --------------------------------------------------------------------------------------------------------
+
+
+@given(setups(), st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]))
+def test_what_is_unpacked_is_what_was_packed(setup, dtype):
+    spec = spec_of(setup)
+    plan = plan_for(spec, "ann", max(setup.ranks))
+    adapters = {who: random_adapter(spec, plan.ranks, who, dtype=dtype) for who in ("adapter", "extra: odd/name")}
+    header = {"round": 3, "ranks": {"ann": 2}, "target": None, "text": "ä \u2028 \"'"}
+    packed = encode(adapters, header)
+    back, found = decode(packed)
+    assert found == header
+    assert set(back) == set(adapters)
+    for name, adapter in adapters.items():
+        assert_same(back[name], adapter)
+    assert encode(back, found) == packed
+    assert encode(dict(reversed(adapters.items())), dict(reversed(header.items()))) == packed
+
+
+def test_an_empty_adapter_survives():
+    back, _ = decode(encode({"adapter": Adapter({})}, {}))
+    assert back["adapter"].num_parameters == 0
+
+
+def test_the_order_of_layers_survives():
+    layers = {name: low_rank(rank=1, d_in=2, d_out=3, key=(name,)) for name in ("z", "a", "m")}
+    assert list(decode(encode({"adapter": Adapter(layers)}, {}))[0]["adapter"].layers) == ["z", "a", "m"]
+
+
+def test_views_and_transposes_and_shared_tensors_can_be_packed():
+    # A client that returns the prefix it was sent shares memory with the server's adapter.
+    prefix = Adapter({name: lowrank.truncate(part, 1) for name, part in START.layers.items()})
+    turned = Adapter({"t": LowRank(START.layers["layer 0"].B.T, START.layers["layer 0"].A.T)})
+    trained = START.map(lambda tensor: tensor.clone().requires_grad_())
+    adapters = {"a": START, "b": START, "prefix": prefix, "turned": turned, "trained": trained}
+    back, _ = decode(encode(adapters, {}))
+    for name in ("a", "b", "prefix", "turned"):
+        assert_same(back[name], adapters[name])
+    assert_same(back["trained"], START)
+    assert not any(tensor.requires_grad for tensor in back["trained"].tensors().values())
+
+
+def test_nbytes_is_the_length_of_the_message():
+    assert nbytes(START) == len(encode({"adapter": START}, {}))
+    numbers = 4 * START.num_parameters
+    assert numbers < nbytes(START) < numbers + 2000
+    halved = START.map(torch.Tensor.half)
+    assert nbytes(START) - nbytes(halved) == pytest.approx(numbers / 2, abs=20)
+
+
+PACKED = encode({"adapter": START}, {"round": 3})
+
+
+def test_every_truncation_is_recognised():
+    for length in range(len(PACKED)):
+        with pytest.raises(RecordError, match="not a complete anyrank file"):
+            decode(PACKED[:length])
+
+
+@given(st.binary(min_size=1, max_size=40))
+def test_a_longer_file_is_recognised(more):
+    with pytest.raises(RecordError):
+        decode(PACKED + more)
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_recognised(garbage):
+    with pytest.raises(RecordError):
+        decode(garbage)
+
+
+@given(st.data())
+def test_a_damaged_header_is_recognised_or_harmless(data):
+    length = int.from_bytes(PACKED[:8], "little")
+    position, byte = data.draw(st.integers(0, 8 + length - 1)), data.draw(st.integers(0, 255))
+    damaged = PACKED[:position] + bytes([byte]) + PACKED[position + 1 :]
+    try:
+        back, _ = decode(damaged)
+    except RecordError:
+        return
+    assert all(isinstance(adapter, Adapter) for adapter in back.values())
+
+
+def framed(header: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header
+
+
+FLAT = {f"adapter:{name}": tensor for name, tensor in START.tensors().items()}
+FOREIGN = {
+    "empty": b"",
+    "no metadata": save(FLAT),
+    "another program's metadata": save(FLAT, metadata={"format": "pt"}),
+    "metadata that is no JSON": save(FLAT, metadata={"anyrank": "{"}),
+    "metadata that is a number": save(FLAT, metadata={"anyrank": "3"}),
+    "metadata that is a list": save(FLAT, metadata={"anyrank": "[]"}),
+    "no order": save(FLAT, metadata={"anyrank": '{"header": {}}'}),
+    "an order that is a list": save(FLAT, metadata={"anyrank": '{"header": {}, "order": []}'}),
+    "an order of a number": save(FLAT, metadata={"anyrank": '{"header": {}, "order": {"adapter": 1}}'}),
+    "no header": save(FLAT, metadata={"anyrank": json.dumps({"order": {}})}),
+    "a tensor that is not there": save(
+        FLAT, metadata={"anyrank": json.dumps({"header": {}, "order": {"adapter": ["A/none"]}})}
+    ),
+    "a factor without its partner": save(
+        FLAT, metadata={"anyrank": json.dumps({"header": {}, "order": {"adapter": ["A/layer 0"]}})}
+    ),
+    "names that are not ours": save(
+        {"adapter:q.weight": torch.ones(2)},
+        metadata={"anyrank": json.dumps({"header": {}, "order": {"adapter": ["q.weight"]}})},
+    ),
+    "a header that is a list": framed(b"[]"),
+    "a header nested too deeply": framed(b"[" * 100_000),
+    "not UTF-8": framed(b"\xff\xfe{}"),
+    "a zip file": b"PK\x03\x04" + bytes(60),
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN.keys())
+def test_foreign_files_are_recognised(content):
+    with pytest.raises(RecordError, match="not a complete anyrank file"):
+        decode(content)
+
+
+# --- what is let in -----------------------------------------------------------------------------------------------
+
+
+def with_tensor(name, tensor, *, partner=None):
+    flat = {**TRAINED.tensors(), name: tensor}
+    if partner:
+        flat |= partner
+    return Adapter.from_tensors(flat)
+
+
+def at_rank(rank, layer="layer 0"):
+    old = TRAINED.layers[layer]
+    new = low_rank(rank=rank, d_in=old.A.shape[1], d_out=old.B.shape[0], key=("other rank",))
+    return Adapter({**TRAINED.layers, layer: new}, TRAINED.dense)
+
+
+def poisoned(name, value):
+    tensor = TRAINED.tensors()[name].clone()
+    tensor.view(-1)[-1] = value
+    return with_tensor(name, tensor)
+
+
+def without(name):
+    layers = {key: part for key, part in TRAINED.layers.items() if key != name}
+    return Adapter(layers, {key: tensor for key, tensor in TRAINED.dense.items() if key != name})
+
+
+def wider(layer):
+    part = TRAINED.layers[layer]
+    return Adapter({**TRAINED.layers, layer: LowRank(torch.cat([part.A, part.A], dim=1), part.B)}, TRAINED.dense)
+
+
+NAN, INF = float("nan"), float("inf")
+BAD = {
+    "NaN in A": (poisoned("A/layer 0", NAN), "A/layer 0", "not finite"),
+    "inf in B": (poisoned("B/layer 1", INF), "B/layer 1", "not finite"),
+    "-inf in the head": (poisoned("dense/head", -INF), "dense/head", "not finite"),
+    "d_in of another layer": (wider("layer 1"), "A/layer 1", "has shape"),
+    "a head of another shape": (with_tensor("dense/head", torch.ones(3, 2)), "dense/head", "has shape"),
+    "a head of another size": (with_tensor("dense/head", torch.ones(6)), "dense/head", "has shape"),
+    "another dtype": (TRAINED.map(torch.Tensor.double), "A/layer 0", "has dtype"),
+    "a head of another dtype": (with_tensor("dense/head", torch.ones(2, 3).half()), "dense/head", "has dtype"),
+    "a rank above the plan": (at_rank(3), "A/layer 0", "above the planned 2"),
+    "a rank above the plan further on": (at_rank(3, "layer 1"), "A/layer 1", "above the planned 2"),
+    "no slots at all": (at_rank(0), "A/layer 0", "has rank 0"),
+    "a missing layer": (without("layer 1"), "A/layer 1", "missing"),
+    "a missing head": (without("head"), "dense/head", "missing"),
+    "an extra layer": (
+        Adapter({**TRAINED.layers, "layer 9": TRAINED.layers["layer 0"]}, TRAINED.dense),
+        "A/layer 9",
+        "was not asked for",
+    ),
+    "an extra dense tensor": (with_tensor("dense/bias", torch.ones(2)), "dense/bias", "was not asked for"),
+    "nothing": (Adapter({}), "A/layer 0", "missing"),
+}
+
+
+@pytest.mark.parametrize("may_prune", [False, True])
+@pytest.mark.parametrize(("adapter", "tensor", "reason"), BAD.values(), ids=BAD.keys())
+def test_bad_updates_are_rejected_by_client_and_tensor(adapter, tensor, reason, may_prune):
+    with pytest.raises(UpdateRejected, match=reason) as caught:
+        check_update(TASK, reply(TASK, adapter), may_prune=may_prune)
+    assert (caught.value.client, caught.value.tensor) == ("ann", tensor)
+    assert str(caught.value).startswith(f"client ann: {tensor}: ")
+
+
+@pytest.mark.parametrize("may_prune", [False, True])
+def test_a_good_update_is_let_in(may_prune):
+    check_update(TASK, reply(TASK, TRAINED), may_prune=may_prune)
+    check_update(TASK, reply(TASK, START), may_prune=may_prune)
+
+
+def test_a_rank_below_the_plan_is_for_methods_that_prune():
+    check_update(TASK, reply(TASK, at_rank(1)), may_prune=True)
+    with pytest.raises(UpdateRejected, match="has rank 1; planned was 2") as caught:
+        check_update(TASK, reply(TASK, at_rank(1)), may_prune=False)
+    assert caught.value.tensor == "A/layer 0"
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+def test_metrics_must_be_finite(metric, value):
+    with pytest.raises(UpdateRejected, match="expected a finite number") as caught:
+        check_update(TASK, Update("ann", 3, TRAINED, 1, {"loss": 1.0, metric: value}), may_prune=False)
+    assert caught.value.tensor == metric
+
+
+@pytest.mark.parametrize(
+    ("update", "culprit"),
+    [
+        (Update("ann", 3, None, 1, {"loss": 1.0}), "A/layer 0"),
+        (Update("ann", 3, TRAINED, 1, {}), "loss"),
+        (Update("ann", 2, TRAINED, 1, {"loss": 1.0}), "round"),
+    ],
+    ids=["without an adapter", "without a loss", "of another round"],
+)
+def test_an_incomplete_or_stale_reply_is_rejected(update, culprit):
+    with pytest.raises(UpdateRejected) as caught:
+        check_update(TASK, update, may_prune=False)
+    assert caught.value.tensor == culprit
+
+
+# --- norms --------------------------------------------------------------------------------------------------------
+
+
+def of_norms(**norms):
+    """One update per client, whose only product has the given norm."""
+    return [
+        Update(client, 1, Adapter({"q": LowRank(torch.tensor([[1.0, 0]]), torch.tensor([[norm], [0]]))}), 1, {})
+        for client, norm in norms.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("norms", "rejected"),
+    [
+        ({"a": 1.0, "b": 1.0, "c": 10.0}, []),  # exactly at the limit
+        ({"a": 1.0, "b": 1.0, "c": 10.5}, ["c"]),
+        ({"a": 1.0, "b": 1.0, "c": 3.0, "d": 20.0}, []),  # of four the median is between the middle two
+        ({"a": 1.0, "b": 1.0, "c": 3.0, "d": 20.5}, ["d"]),
+        ({"a": 1.0, "b": 1.0, "c": 1.0, "d": 99.0, "e": 50.0}, ["d", "e"]),
+        ({"a": 1.0, "b": 1e9}, []),  # of two, none is over twice the median
+        ({"a": 1e9}, []),
+        ({"a": 0.0, "b": 0.0, "c": 5.0}, []),  # before anyone has a product there is nothing to compare with
+        ({"a": 0.0, "b": 1.0, "c": 1.0}, []),
+        ({}, []),
+    ],
+)
+def test_norms_over_the_limit_times_the_median_are_rejected(norms, rejected):
+    found = check_norms(of_norms(**norms), 10.0)
+    assert sorted(found) == rejected
+    for client, error in found.items():
+        assert (error.client, error.tensor) == (client, "q")
+        assert "over 10 times the round's median" in error.reason
+
+
+@pytest.mark.parametrize("others", [{}, {"b": 1.0}, {"b": 1.0, "c": 1.0}, {"b": 0.0, "c": 0.0}])
+def test_a_norm_that_overflows_is_rejected_whatever_the_others(others):
+    # Both factors are finite, their product is not.
+    huge = Update("a", 1, Adapter({"q": LowRank(torch.full((1, 2), 1e30), torch.full((2, 1), 1e30))}), 1, {})
+    found = check_norms([huge, *of_norms(**others)], 10.0)
+    assert list(found) == ["a"]
+    assert "not finite" in found["a"].reason
+
+
+def test_norms_are_compared_layer_by_layer():
+    def update(client, **norms):
+        layers = {layer: of_norms(x=norm)[0].adapter.layers["q"] for layer, norm in norms.items()}
+        return Update(client, 1, Adapter(layers), 1, {})
+
+    found = check_norms([update("a", q=1.0, v=100.0), update("b", q=1.0, v=100.0), update("c", q=50.0, v=100.0)], 10.0)
+    assert {client: error.tensor for client, error in found.items()} == {"c": "q"}
