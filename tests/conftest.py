@@ -4,7 +4,7 @@ import os
 
 from hypothesis import settings
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything asks: a test never waits for a hub
 
 settings.register_profile("default suite", deadline=None, derandomize=True, max_examples=25)

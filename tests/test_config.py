@@ -40,10 +40,10 @@ def test_all_problems_come_at_once():
     text = "\n".join(found)
     assert len(found) == 5
     assert "rouns: unknown key (did you mean rounds?); accepted here: seed, rounds" in text
-    assert "method.gama: unknown key; accepted here: name." in text
+    assert "method.gama: unknown key; accepted by hlora: name." in text
     assert "train.batch_size: input should be greater than or equal to 1, got 0." in text
     assert "fleet.classes.weak.rnk: unknown key (did you mean rank?); accepted here: device, share, rank." in text
-    assert "partition.alpha: unknown key; accepted here: name, column, min_examples." in text
+    assert "partition.alpha: unknown key; accepted by by_column: name, column, min_examples." in text
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,14 @@ def test_hyperparameters_are_the_arguments_of_the_method():
     recipe = load_recipe(None, ["method.name=hetlora", "method.gamma=0.85"])
     assert recipe.method == {"name": "hetlora", "gamma": 0.85, "lam": 0.01, "rank_min": 1}
     assert "gamma" in problems("method.name=hetlora", "method.gamma=1.5")[0]
+
+
+def test_another_choice_takes_the_place_of_the_old_one_and_its_arguments(tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text(QUICKSTART.read_text().replace('name = "hlora"', 'name = "hetlora"\ngamma = 0.9'))
+    assert load_recipe(file).method["gamma"] == 0.9
+    assert load_recipe(file, ["method.name=rbla"]).method == {"name": "rbla"}
+    assert load_recipe(file, ["partition.name=iid", "partition.clients=12"]).partition["clients"] == 12
 
 
 def test_steps_and_epochs_exclude_each_other_and_an_override_replaces_the_other():

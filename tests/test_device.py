@@ -192,7 +192,7 @@ def test_too_small_names_the_device_and_the_numbers():
     assert len(found) == 1
     for part in (
         "'ann'",
-        "(slow)",
+        "1 x slow",
         "rank 9",
         "8 layers",
         f"{needed / 1e9:.2f} GB",

@@ -121,6 +121,7 @@ def test_the_record_of_a_round():
         "simulated_seconds": pytest.approx(seconds),
         "target_seconds": None,
         "steps": 8,
+        "examples": 0,  # the fake clients do not say
         "planned_ranks": RANKS,
         "returned_ranks": RANKS,
         "rejected": [],
@@ -402,7 +403,7 @@ def rising(accuracies):
 
 
 def test_a_run_stops_at_its_target():
-    scores = rising([0.1, 0.6, 0.9])
+    scores = rising([0.1, 0.6, *[0.5] * 2])  # the global adapter in each round, at the end its two smaller classes
     run = federation(
         rounds=5,
         score=lambda adapter: Score(1.0, scores(), 7),
@@ -410,11 +411,13 @@ def test_a_run_stops_at_its_target():
     )
     found = play(run)
     assert [after.record["target_seconds"] for after in found] == [None, found[1].seconds]
+    assert found[0].record["class_accuracy"] is None
+    assert found[1].record["class_accuracy"] == {"1": 0.5, "2": 0.5, "4": 0.6}
     assert play(run, found[-1]) == []  # also when it is resumed
 
 
 def test_a_run_that_goes_on_remembers_when_it_first_reached_its_target():
-    scores = rising([0.1, 0.6, 0.2, *[0.9] * 4])
+    scores = rising([0.1, 0.6, 0.2, *[0.9] * 3])
     run = federation(rounds=4, score=lambda adapter: Score(1.0, scores(), 7), evaluation=Evaluation(target=0.5))
     found = play(run)
     assert [after.target_seconds for after in found] == [None, *[found[1].seconds] * 3]

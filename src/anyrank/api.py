@@ -157,7 +157,7 @@ def _federation(job: Job, observer: Observer) -> Federation:
             held_out=recipe.data.held_out,
             seed=recipe.seed,
         ),
-        clock=Clock(**recipe.clock.model_dump(), seed=recipe.seed),
+        clock=_clock(recipe),
         compute_seconds=partial(compute_seconds, model=job.cost, layers=job.spec.layers),
         score=lambda adapter: evaluate(job.model, adapter, job.test, training=job.training),
         per_round=job.cohort.per_round,
@@ -167,6 +167,12 @@ def _federation(job: Job, observer: Observer) -> Federation:
         seed=recipe.seed,
         notify=observer.replied,
     )
+
+
+def _clock(recipe: Recipe) -> Clock:
+    # The device of the centralised baseline stands for a data centre: it is never late and never drops out.
+    troubles = {} if recipe.baseline == "centralised" else recipe.clock.model_dump()
+    return Clock(**troubles, seed=recipe.seed)
 
 
 @contextlib.contextmanager
@@ -182,9 +188,10 @@ def _deterministic() -> Iterator[None]:
 
 def _compare(job: Job, folder: RunFolder, observer: Observer) -> None:
     """Play the baselines that the recipe compares with, each in a run folder of its own."""
+    examples = sum(record["examples"] for record in folder.records())
     for name in job.recipe.compare:
         out = folder.path / "compare" / name
-        baseline = with_baseline(job, name)
+        baseline = with_baseline(job, name, examples)
         _play(baseline, _nested(out, baseline) or RunFolder.create(out, _info(baseline, "")), observer)
 
 
@@ -361,21 +368,7 @@ def check(recipe: Recipe) -> tuple[list[Demand], list[str]]:
                 seconds=compute + size / device.profile.down_bps + size / device.profile.up_bps,
             )
         )
-    return demands, _remarks(job, demands)
-
-
-def _remarks(job: Job, demands: Sequence[Demand]) -> list[str]:
-    remarks = []
-    narrow = min(min(layer.d_in, layer.d_out) for layer in job.spec.layers)
-    if job.spec.levels[-1] > narrow:
-        remarks.append(
-            f"rank {job.spec.levels[-1]} is above {narrow}, the smaller side of a layer: more slots than its product can use"
-        )
-    if not job.method.claims.mixed_ranks and len(job.spec.levels) > 1:
-        remarks.append(
-            f"{job.cohort.method} has no mixed ranks: everyone trains at rank {demands[0].rank}, the smallest of the fleet"
-        )
-    return remarks
+    return demands, job.remarks
 
 
 def export(source: Path, rank: int, out: Path) -> Adapter:
@@ -392,6 +385,8 @@ def export(source: Path, rank: int, out: Path) -> Adapter:
     """
     folder = RunFolder.open(source)
     RunFolder.check_free(out)
+    if (source / "clients").is_dir():
+        raise RecordError(f"{source} has no global adapter: each client keeps its own, see {source / 'clients'}.")
     if not (source / "adapter").is_dir():
         raise RecordError(f"{source} has no adapter yet: finish it with `anyrank run --resume {source}`.")
     adapter = folder.final_adapter()

@@ -24,6 +24,7 @@ class Cohort:
         method: the method's name.
         batch_size: of local training.
         seed: of the run.
+        examples: how many a finished federated run went through; None where there is none to compare with.
     """
 
     fleet: Mapping[str, Device]
@@ -33,6 +34,7 @@ class Cohort:
     method: str
     batch_size: int
     seed: int
+    examples: int | None = None
 
 
 def centralised(cohort: Cohort) -> Cohort:
@@ -40,11 +42,7 @@ def centralised(cohort: Cohort) -> Cohort:
 
     One round: the optimizer is never reset, and there is nothing to average.
     """
-    examples = sum(
-        examples_in(device.steps, num_examples=device.num_examples, batch_size=cohort.batch_size)
-        for round in range(1, cohort.rounds + 1)
-        for device in sample(cohort.fleet, per_round=cohort.per_round, seed=cohort.seed, round=round)
-    )
+    examples = _planned_examples(cohort) if cohort.examples is None else cohort.examples
     strongest = max(cohort.fleet.values(), key=lambda device: device.rank)
     total = sum(device.num_examples for device in cohort.fleet.values())
     steps = max(1, round(examples / cohort.batch_size))
@@ -57,6 +55,15 @@ def centralised(cohort: Cohort) -> Cohort:
         rounds=1,
         per_round=1,
         method="zero_padding",  # the mean over one client is the client
+    )
+
+
+def _planned_examples(cohort: Cohort) -> int:
+    """What the federated run would go through if every sampled client took part."""
+    return sum(
+        examples_in(device.steps, num_examples=device.num_examples, batch_size=cohort.batch_size)
+        for round in range(1, cohort.rounds + 1)
+        for device in sample(cohort.fleet, per_round=cohort.per_round, seed=cohort.seed, round=round)
     )
 
 

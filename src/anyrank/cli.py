@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -29,7 +30,7 @@ _errors = Console(stderr=True)
 
 # Threads that wait for each other by spinning are five to ten times slower as soon as another program wants a core. Read
 # when torch is first loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 RecipeFile = Annotated[
     Path | None, typer.Argument(metavar="[RECIPE]", help="A TOML recipe; the embedded default if left out.")
@@ -118,12 +119,12 @@ def methods(
         for argument, default in described[0]["arguments"].items():
             console.print(f"  method.{argument} = {default}", highlight=False)
     else:
-        table = Table(
-            "method", "paper", "mixed ranks", "exact", "works on", "keeps no-op rounds", "server cost a layer"
-        )
+        table = Table(box=box.SIMPLE)
+        for header in ("method", "paper", "mixed ranks", "exact mean", "averages", "no-op safe"):
+            table.add_column(header, no_wrap=header in ("method", "paper"))
         for row in described:
-            flags = ["yes" if row[key] else "" for key in ("mixed_ranks", "exact", "keeps_no_op")]
-            table.add_row(row["name"], row["paper"], flags[0], flags[1], row["space"] + "s", flags[2], row["cost"])
+            mixed, exact, safe = ("yes" if row[key] else "" for key in ("mixed_ranks", "exact", "keeps_no_op"))
+            table.add_row(row["name"], row["paper"].rpartition(", ")[2], mixed, exact, row["space"] + "s", safe)
         console.print(table)
 
 

@@ -191,6 +191,10 @@ def resolve(raw: Mapping[str, Any], overrides: Mapping[str, Any], choices: Choic
         ConfigError: with all problems.
     """
     merged = _copy(raw)
+    for table in choices:
+        chosen = overrides.get(f"{table}.name")
+        if isinstance(merged.get(table), dict) and chosen is not None and chosen != merged[table].get("name"):
+            merged[table] = {}  # the arguments in the file were those of another function
     problems: list[str] = []
     for key, value in overrides.items():
         problems += _override(merged, key, value)
@@ -233,17 +237,17 @@ def _chosen(table: str, value: Any, functions: Mapping[str, Callable[..., Any]])
     if not isinstance(name, str) or name not in functions:
         near = _suggestion(str(name), functions)
         return value, [f"{table}.name: there is no {name!r}{near}; there are: {', '.join(functions)}."]
-    schema = _schema(table, functions[name])
+    schema = _schema(name, functions[name])
     try:
         return schema.model_validate(value).model_dump(), []
     except ValidationError as error:
         return value, [f"{table}.{_sentence(schema, problem)}" for problem in error.errors()]
 
 
-def _schema(table: str, function: Callable[..., Any]) -> type[BaseModel]:
+def _schema(name: str, function: Callable[..., Any]) -> type[BaseModel]:
     parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     fields = {p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in parameters}
-    return create_model(table, __base__=_Table, name=(str, ...), **fields)  # pyright: ignore
+    return create_model(name, __base__=_Table, name=(str, ...), **fields)  # pyright: ignore
 
 
 def _sentence(schema: type[BaseModel], problem: Any) -> str:
@@ -251,11 +255,13 @@ def _sentence(schema: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         accepted = _accepted(schema, problem["loc"][:-1])
         near = _suggestion(str(problem["loc"][-1]), accepted)
-        return f"{where}: unknown key{near}; accepted here: {', '.join(accepted) or 'no further keys'}."
+        here = "here" if issubclass(schema, Recipe) else f"by {schema.__name__}"
+        return f"{where}: unknown key{near}; accepted {here}: {', '.join(accepted)}."
     if problem["type"] == "missing":
         return f"{where}: is missing."
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {message[0].lower()}{message[1:]}, got {problem['input']!r}."
+    if problem["type"] == "value_error":
+        return f"{where}: {problem['ctx']['error']}."
+    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}."
 
 
 def _suggestion(key: str, accepted: Sequence[str] | Mapping[str, Any]) -> str:

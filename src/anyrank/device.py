@@ -204,7 +204,7 @@ def too_small(
     layers: Sequence[Layer],
     dense_parameters: int,
 ) -> list[str]:
-    """A sentence for each device whose memory does not hold its plan; none if all fit.
+    """A sentence for each class of devices whose memory does not hold their plans; none if all fit.
 
     Args:
         plans: what each client is asked to train.
@@ -215,18 +215,21 @@ def too_small(
     """
     fleet = {device.client: device for device in devices}
     needs = [memory_bytes(p, model=model, layers=layers, dense_parameters=dense_parameters) for p in plans]
-    return [
-        _does_not_fit(plan, fleet[plan.client], needed)
-        for plan, needed in zip(plans, needs, strict=True)
-        if needed > fleet[plan.client].profile.memory_bytes
-    ]
+    groups: dict[tuple[str, int], list[tuple[Plan, int]]] = {}
+    for plan, needed in zip(plans, needs, strict=True):
+        device = fleet[plan.client]
+        if needed > device.profile.memory_bytes:
+            groups.setdefault((device.kind, max(plan.ranks.values(), default=0)), []).append((plan, needed))
+    return [_does_not_fit([fleet[plan.client] for plan, _ in group], *group[0]) for group in groups.values()]
 
 
-def _does_not_fit(plan: Plan, device: Device, needed: int) -> str:
-    """Say by how much a plan exceeds a device, and what can be done."""
+def _does_not_fit(devices: Sequence[Device], plan: Plan, needed: int) -> str:
+    """Say by how much a plan exceeds the devices of a class, and what can be done."""
     rank = max(plan.ranks.values(), default=0)
+    device = devices[0]
+    names = ", ".join(repr(each.client) for each in devices[:5]) + ", ..." * (len(devices) > 5)
     return (
-        f"client {device.client!r} ({device.kind}): training rank {rank} on {len(plan.ranks)} layers needs "
+        f"{len(devices)} x {device.kind} ({names}): training rank {rank} on {len(plan.ranks)} layers needs "
         f"{needed / 1e9:.2f} GB, but the device has {device.profile.memory_bytes / 1e9:.2f} GB; use "
-        "a smaller batch, shorter texts, a smaller model or a lower rank, or give the client a larger device"
+        "a smaller batch, shorter texts, a smaller model or a lower rank, or give the clients a larger device"
     )

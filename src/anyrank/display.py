@@ -5,6 +5,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -64,10 +65,13 @@ class LiveObserver(Observer):
         ranks = ", ".join(str(level) for level in job.spec.levels)
         self.console.print(
             f"[bold]{what}[/bold]: {job.base.name} on {job.examples.train.num_rows} examples of "
-            f"{job.recipe.data.source}, {len(cohort.fleet)} clients ({cohort.per_round} a round), ranks {ranks}",
+            f"{job.recipe.data.source}, {len(cohort.fleet)} client{'s' * (len(cohort.fleet) > 1)} "
+            f"({cohort.per_round} a round), rank{'s' * (len(job.spec.levels) > 1)} {ranks}",
             highlight=False,
             soft_wrap=True,
         )
+        for remark in job.remarks:
+            self.console.print(f"note: {remark}", highlight=False, soft_wrap=True)
         if progress.state.round:
             self.console.print(
                 f"continuing after round {progress.state.round} of {cohort.rounds}", highlight=False, soft_wrap=True
@@ -84,9 +88,9 @@ class LiveObserver(Observer):
         """Print the round's line, and who failed."""
         accuracy = "       " if record["accuracy"] is None else f"{record['accuracy']:7.4f}"
         self.console.print(
-            f"round {record['round']:>3}/{self._rounds}  accuracy {accuracy}  train loss {record['train_loss']:.4f}  "
+            f"round {record['round']:>3}/{self._rounds}  accuracy {accuracy}  loss {record['train_loss']:.4f}  "
             f"down {megabytes(record['bytes_down'])}  up {megabytes(record['bytes_up'])}  "
-            f"simulated {duration(record['simulated_seconds'])}",
+            f"clock {duration(record['simulated_seconds'])}",
             highlight=False,
             soft_wrap=True,
         )
@@ -113,11 +117,11 @@ def summary(folder: RunFolder) -> list[Table]:
     """The tables at the end of a run: what it reached against what, what it cost, who trained at which rank."""
     records = folder.records()
     last = records[-1]
-    return [_reached(folder, last), _spent(records), _classes(folder, last)]
+    return [_reached(folder, last), _spent(records), _classes(folder, records)]
 
 
 def _reached(folder: RunFolder, last: Mapping[str, Any]) -> Table:
-    table = Table("on the test set", "accuracy", title=str(folder.path), title_justify="left")
+    table = Table("on the test set", "accuracy", box=box.SIMPLE)
     baseline = folder.info["recipe"]["baseline"]
     table.add_row(baseline or folder.info["method"], f"{last['accuracy']:.4f}", style="bold")
     for path in sorted(folder.path.glob("compare/*")):
@@ -135,7 +139,7 @@ def _reached(folder: RunFolder, last: Mapping[str, Any]) -> Table:
 
 
 def _spent(records: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table("spent", "")
+    table = Table("spent", "", box=box.SIMPLE)
     table.add_row("rounds", str(len(records)))
     table.add_row("down", megabytes(sum(record["bytes_down"] for record in records)))
     table.add_row("up", megabytes(sum(record["bytes_up"] for record in records)))
@@ -146,22 +150,20 @@ def _spent(records: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _classes(folder: RunFolder, last: Mapping[str, Any]) -> Table:
-    table = Table("device class", "device", "clients", "rank", "accuracy of what it is sent")
-    by_kind: dict[str, list[int]] = {}
-    for client in folder.info["fleet"].values():
-        by_kind.setdefault(client["kind"], []).append(client["rank"])
-    planned = {folder.info["fleet"][c]["kind"]: rank for c, rank in last["planned_ranks"].items()}
-    for kind, ranks in by_kind.items():
-        sent = last["class_accuracy"] or {}
-        reached = {sent[str(rank)] for rank in {*ranks, planned.get(kind)} if str(rank) in sent}
-        spread = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)}-{max(ranks)}"
+def _classes(folder: RunFolder, records: Sequence[Mapping[str, Any]]) -> Table:
+    last = records[-1]
+    table = Table("device class", "device", "clients", "trained at rank", "accuracy at that rank", box=box.SIMPLE)
+    fleet, sent = folder.info["fleet"], last["class_accuracy"] or {}
+    trained = {client: rank for record in records for client, rank in record["planned_ranks"].items()}
+    for kind in dict.fromkeys(client["kind"] for client in fleet.values()):
+        ranks = sorted({rank for client, rank in trained.items() if fleet[client]["kind"] == kind})
+        scored = [f"{rank}: {sent[str(rank)]:.4f}" for rank in ranks if str(rank) in sent]
         table.add_row(
             kind,
             folder.info["recipe"]["fleet"]["classes"][kind]["device"],
-            str(len(ranks)),
-            spread,
-            " ".join(f"{value:.4f}" for value in sorted(reached)),
+            str(sum(client["kind"] == kind for client in fleet.values())),
+            f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else ", ".join(map(str, ranks)),
+            "  ".join(scored),
         )
     return table
 
@@ -169,8 +171,8 @@ def _classes(folder: RunFolder, last: Mapping[str, Any]) -> Table:
 def demand_table(demands: Sequence[Demand], source: Path | str) -> Table:
     """What a round asks of each device class."""
     table = Table(
-        "device class", "clients", "rank", "trainable", "memory", "of", "down = up", "steps", "simulated s",
-        title=f"{source}: the busiest client of each class, per round", title_justify="left",
+        "device class", "clients", "rank", "trainable", "memory", "message", "steps", "seconds",
+        title=f"{source}: the busiest client of each class, per round (simulated)", title_justify="left", box=box.SIMPLE,
     )  # fmt: skip
     for d in demands:
         table.add_row(
@@ -178,8 +180,7 @@ def demand_table(demands: Sequence[Demand], source: Path | str) -> Table:
             str(d.clients),
             str(d.rank),
             f"{d.trainable:,}",
-            f"{d.memory_bytes / 1e9:.2f} GB",
-            f"{d.available_bytes / 1e9:.0f} GB",
+            f"{d.memory_bytes / 1e9:.2f}/{d.available_bytes / 1e9:.0f} GB",
             megabytes(d.message_bytes),
             str(d.steps),
             f"{d.seconds:.1f}",

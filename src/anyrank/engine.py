@@ -144,7 +144,10 @@ def _play(federation: Federation, progress: Progress) -> Progress:
     inbox, failures = _collect(federation, tasks, arrivals)
     if not inbox:
         reasons = "; ".join(f"{f.client} ({f.stage}: {f.reason})" for f in failures)
-        raise RoundFailed(f"round {round}: none of {len(tasks)} clients returned a valid update: {reasons}")
+        raise RoundFailed(
+            f"round {round}: none of {len(tasks)} clients returned a valid update: {reasons}. Resuming would play the same "
+            "round again; start a new run with other settings (learning rate, deadline, dropout) or another seed."
+        )
 
     asked = sum(progress.fleet[task.plan.client].num_examples for task in tasks)
     weights = [progress.fleet[update.client].num_examples / asked for _, update in inbox]
@@ -165,6 +168,7 @@ def _play(federation: Federation, progress: Progress) -> Progress:
         "simulated_seconds": seconds,
         "target_seconds": reached,
         "steps": sum(task.plan.steps for task, _ in inbox),
+        "examples": int(sum(update.metrics.get("examples", 0.0) for _, update in inbox)),
         "planned_ranks": {task.plan.client: max(task.plan.ranks.values()) for task in tasks},
         "returned_ranks": {u.client: max(u.adapter.ranks.values()) for _, u in inbox if u.adapter},
         "energy": _energy(state),
@@ -237,23 +241,29 @@ def _evaluate(federation: Federation, state: State, members: Sequence[Device], f
     tasks = [Task("evaluate", state.round, p, method.dispatch(state, p)) for p in method.assign(state, devices)]
     adapters = [task.start for task in tasks] if method.claims.personal else [state.adapter]
     scores = [federation.score(adapter) for adapter in adapters]
+    accuracy = fmean(score.accuracy for score in scores)
+    stops = plan.stop_at_target and plan.target is not None and accuracy >= plan.target
     by_class = None
-    if not method.claims.personal and (last or plan.classes == "always"):
-        by_class = _class_accuracy(federation, state, next(iter(fleet.values())))
+    if not method.claims.personal and (last or stops or plan.classes == "always"):
+        by_class = _class_accuracy(federation, state, next(iter(fleet.values())), accuracy)
     return {
-        "accuracy": fmean(score.accuracy for score in scores),
+        "accuracy": accuracy,
         "loss": fmean(score.loss for score in scores),
         "class_accuracy": by_class,
         "federated": _federated(federation, tasks),
     }
 
 
-def _class_accuracy(federation: Federation, state: State, device: Device) -> dict[str, float]:
-    """Accuracy of what a client of each rank class is sent, by rank."""
+def _class_accuracy(federation: Federation, state: State, device: Device, whole: float) -> dict[str, float]:
+    """Accuracy of what a client of each rank class is sent, by rank; at the full rank that is the whole adapter's."""
     ranked = [replace(device, rank=level) for level in state.spec.levels]
-    plans = federation.method.assign(state, ranked)
-    by_rank = {str(max(plan.ranks.values())): plan for plan in plans}
-    return {rank: federation.score(federation.method.dispatch(state, p)).accuracy for rank, p in by_rank.items()}
+    plans = {str(max(plan.ranks.values())): plan for plan in federation.method.assign(state, ranked)}
+    return {
+        rank: whole
+        if plan.ranks == state.adapter.ranks
+        else federation.score(federation.method.dispatch(state, plan)).accuracy
+        for rank, plan in plans.items()
+    }
 
 
 def _federated(federation: Federation, tasks: Sequence[Task]) -> dict[str, float] | None:

@@ -153,7 +153,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Failure:
-    """A client that did not reply: at which stage (`download`, `train`, `upload`) and why."""
+    """A client without a usable reply: at which stage (`dropped`, `late`, `rejected`) and why."""
 
     client: str
     round: int
@@ -244,7 +244,7 @@ class Method(NamedTuple):
     Attributes:
         init: the state before the first round.
         assign: who of the sampled devices holds what; a device without a plan sits the round out.
-        dispatch: the adapter a client starts from, with exactly the plan's ranks (its dense tensors are the server's).
+        dispatch: the adapter a client starts from, with exactly the plan's ranks.
         penalty: on the client, a term added to the loss, from the adapter now and as received; a scalar.
         leave: on the client, after training: from the adapter now and as received, the adapter to send.
         aggregate: the reducer: the inbox's layers, weighted, become the next state's. Weights are the members' shares;

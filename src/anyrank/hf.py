@@ -40,7 +40,7 @@ def load_tokenizer(model: Pretrained) -> transformers.PreTrainedTokenizerBase:
     Raises:
         ConfigError: there is none to be had.
     """
-    with _explained(model):
+    with _explained(model), _quiet():
         return transformers.AutoTokenizer.from_pretrained(model.location)
 
 
@@ -77,15 +77,17 @@ def _explained(model: Pretrained) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the loader's progress bar and its remark that the head is new, which it is meant to be."""
-    logger = logging.getLogger("transformers")
-    level, bars = logger.level, transformers.utils.logging.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
+    """Silence progress bars, the remark that the head is new (it is meant to be), and the hub's retries when offline."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+    levels, bars = [logger.level for logger in loggers], transformers.utils.logging.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if bars:
             transformers.utils.logging.enable_progress_bar()
 

@@ -67,6 +67,21 @@ class Job:
         """How many parameters are trained whole, beside the low-rank factors."""
         return sum(tensor.numel() for tensor in self.spec.start.dense.values())
 
+    @property
+    def remarks(self) -> list[str]:
+        """What is allowed but worth knowing."""
+        levels, narrow = self.spec.levels, min(min(layer.d_in, layer.d_out) for layer in self.spec.layers)
+        remarks = []
+        if levels[-1] > narrow:
+            remarks.append(
+                f"rank {levels[-1]} is above {narrow}, the smaller side of a layer: some slots are redundant"
+            )
+        if not self.method.claims.mixed_ranks and len(levels) > 1:
+            remarks.append(
+                f"{self.cohort.method} has no mixed ranks: everyone trains at rank {levels[0]}, the smallest"
+            )
+        return remarks
+
 
 def load_recipe(file: Path | None = None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
     """Read a recipe, the embedded default if none is named.
@@ -230,7 +245,9 @@ def _steps(recipe: Recipe, num_examples: int) -> int:
     return recipe.train.steps or (recipe.train.epochs or 1) * math.ceil(num_examples / recipe.train.batch_size)
 
 
-def _cohort(recipe: Recipe, fleet: Mapping[str, Device], shards: Mapping[str, np.ndarray]) -> Cohort:
+def _cohort(
+    recipe: Recipe, fleet: Mapping[str, Device], shards: Mapping[str, np.ndarray], examples: int | None = None
+) -> Cohort:
     cohort = Cohort(
         fleet=fleet,
         shards=shards,
@@ -239,6 +256,7 @@ def _cohort(recipe: Recipe, fleet: Mapping[str, Device], shards: Mapping[str, np
         method=recipe.method["name"],
         batch_size=recipe.train.batch_size,
         seed=recipe.seed,
+        examples=examples,
     )
     return BASELINES[recipe.baseline](cohort) if recipe.baseline else cohort
 
@@ -255,26 +273,33 @@ def _method(recipe: Recipe, cohort: Cohort) -> Method:
 
 
 def _check_ranks(job: Job) -> None:
-    problems = [
-        f"rank {level} is above the larger side of {layer.name} ({layer.d_out} x {layer.d_in}); "
-        f"expected at most {max(layer.d_in, layer.d_out)}. Lower the rank in [fleet.classes] or [ranks]."
-        for level in job.spec.levels[-1:]
-        for layer in job.spec.layers
-        if level > max(layer.d_in, layer.d_out)
-    ]
-    if problems:
-        raise ConfigError(problems)
+    largest = job.spec.levels[-1]
+    narrowest = min(job.spec.layers, key=lambda layer: max(layer.d_in, layer.d_out))
+    if largest > max(narrowest.d_in, narrowest.d_out):
+        raise ConfigError(
+            f"rank {largest} is above the larger side of {narrowest.name} ({narrowest.d_out} x {narrowest.d_in}); "
+            f"expected at most {max(narrowest.d_in, narrowest.d_out)}. Lower the rank in [fleet.classes] or [ranks]."
+        )
+    if job.recipe.baseline:
+        return  # a baseline asks what would be if the devices could do it
     devices = list(job.cohort.fleet.values())
     plans = job.method.assign(job.method.init(job.spec), devices)
-    sentences = too_small(plans, devices, model=job.cost, layers=job.spec.layers, dense_parameters=job.dense_parameters)
-    if sentences:
+    if sentences := too_small(
+        plans, devices, model=job.cost, layers=job.spec.layers, dense_parameters=job.dense_parameters
+    ):
         raise ConfigError(sentences)
 
 
-def with_baseline(job: Job, baseline: Baseline) -> Job:
-    """The same model and data, with a baseline in place of the method; it is not compared any further."""
+def with_baseline(job: Job, baseline: Baseline, examples: int) -> Job:
+    """The same model and data, with a baseline in place of the method; it is not compared any further.
+
+    Args:
+        job: the federated run.
+        baseline: a name in `BASELINES`.
+        examples: how many training examples the federated run went through.
+    """
     recipe = job.recipe.model_copy(update={"baseline": baseline, "compare": []})
-    cohort = _cohort(recipe, _fleet(recipe, job.cohort.shards), job.cohort.shards)
+    cohort = _cohort(recipe, _fleet(recipe, job.cohort.shards), job.cohort.shards, examples)
     levels = tuple(sorted({device.rank for device in cohort.fleet.values()}))
     return replace(
         job,

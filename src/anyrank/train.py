@@ -168,4 +168,6 @@ def work(
         penalty=method.penalty,
         rng=generator(seed, "batches", task.round, client),
     )
-    return Update(client, task.round, method.leave(adapter, task.start), len(data[0]), {"loss": loss})
+    seen = examples_in(task.plan.steps, num_examples=len(data[0]), batch_size=training.batch_size)
+    metrics = {"loss": loss, "examples": float(seen)}
+    return Update(client, task.round, method.leave(adapter, task.start), len(data[0]), metrics)

@@ -5,7 +5,7 @@ Liu, Zhang, Yao, Liu. HLoRA: Efficient Federated Learning System for LLM Heterog
     D = sum_k (n_k / n) B_k A_k = U S V^T        A = V^T[:R],  B = (U S)[:, :R]        client k is sent the first r_k slots
 
 Names: as in `flexlora`; n_k / n = weights. As a server rule this is FlexLoRA's, and it is the same code. What HLoRA adds is
-how ranks are given out: by data size, `[ranks] policy = "data_size"`, or by capacity, the default `per_class`.
+how ranks are given out: by data size, `[ranks] name = "data_size"`, or by capacity, the default `per_class`.
 """
 
 from anyrank.federation import Method
