@@ -151,11 +151,70 @@ def test_a_resumed_run_stays_the_same_run(finished, tiny, tmp_path):
     shutil.copytree(finished.path, copy)
     with pytest.raises(ConfigError, match=r"train.batch_size: a run that is resumed may change only rounds"):
         anyrank.resume(copy, overrides=["train.batch_size=4"])
-    with pytest.raises(ConfigError, match="already has 3 rounds"):
+    with pytest.raises(ConfigError, match="a run can only grow"):
         anyrank.resume(copy, overrides=["rounds=2"])
     RunFolder.open(copy).update_info(data={**finished.info["data"], "fingerprint": "0" * 64})
     with pytest.raises(RecordError, match="was started on other data"):
         anyrank.resume(copy)
+
+
+class Counts(anyrank.Observer):
+    """Counts the rounds that are played."""
+
+    def __init__(self):
+        self.rounds = 0
+
+    def finished_round(self, record):
+        self.rounds += 1
+
+
+def test_a_finished_run_and_its_baselines_are_not_played_again(tiny, tmp_path):
+    text = (tiny / "recipe.toml").read_text().replace("threads = 1\n", "")
+    (tmp_path / "recipe.toml").write_text(text)
+    chosen = anyrank.load_recipe(tmp_path / "recipe.toml", ['compare=["centralised", "local_only"]'])
+    anyrank.run(chosen, tmp_path / "run")
+    counts = Counts()
+    anyrank.resume(tmp_path / "run", observer=counts)
+    assert counts.rounds == 0
+    (tmp_path / "run" / "compare" / "local_only" / "run.json").unlink()  # as a kill while it was removed leaves it
+    anyrank.resume(tmp_path / "run", observer=counts)
+    assert counts.rounds == 3
+    anyrank.resume(tmp_path / "run", overrides=["rounds=4"], observer=counts)
+    assert counts.rounds == 3 + 1 + 1 + 4
+
+
+def test_an_extended_run_has_no_result_until_it_is_finished_again(tiny, tmp_path):
+    short = anyrank.run(recipe(tiny, "rounds=1"), tmp_path / "short")
+    with pytest.raises(KeyboardInterrupt):
+        anyrank.resume(short.path, overrides=["rounds=3"], observer=StopsAfter(1))
+    with pytest.raises(RecordError, match="has no adapter yet"):
+        anyrank.export(short.path, 1, tmp_path / "small")
+
+
+def test_a_target_named_on_resuming_is_looked_up_in_the_records(tiny, tmp_path):
+    run = anyrank.run(recipe(tiny, "evaluate.target=0.01", "rounds=2"), tmp_path / "run")
+    assert run.records()[-1]["target_seconds"] == run.records()[0]["simulated_seconds"]
+    later = anyrank.resume(run.path, overrides=["evaluate.target=1.0", "rounds=3"])
+    assert later.records()[-1]["target_seconds"] is None or later.records()[-1]["accuracy"] == 1.0
+
+
+def test_server_settings_do_not_hold_back_the_centralised_baseline(tiny, tmp_path):
+    plain = anyrank.run(recipe(tiny, "baseline=centralised"), tmp_path / "plain")
+    other = recipe(tiny, "baseline=centralised", "server.learning_rate=0.1", "train.prox_mu=10", "clock.deadline=1e-9")
+    held = anyrank.run(other, tmp_path / "held")
+    assert held.records()[0]["accuracy"] == plain.records()[0]["accuracy"]
+
+
+def test_names_of_clients_stay_inside_the_run_folder(tiny, tmp_path):
+    rows = (tiny / "reviews.csv").read_text().replace("critic-0", "../../x").replace("critic-1", "[/b]").splitlines()
+    (tmp_path / "odd.csv").write_text("\n".join(rows))
+    partition = 'partition={name = "by_column", column = "critic"}'
+    chosen = recipe(tiny, f"data.source={tmp_path / 'odd.csv'}", partition, "baseline=local_only", "fleet.per_round=6")
+    folder = anyrank.run(chosen, tmp_path / "run")
+    assert len(list((folder.path / "clients").iterdir())) == 6
+    assert (folder.path / "clients" / "%2E%2E%2F%2E%2E%2Fx" / "adapter_config.json").exists()
+    with pytest.raises(RecordError, match="no global adapter"):
+        anyrank.export(folder.path, 1, tmp_path / "out")
 
 
 def test_folders_that_are_no_runs_are_named(finished, tiny, tmp_path):
@@ -171,6 +230,27 @@ def test_folders_that_are_no_runs_are_named(finished, tiny, tmp_path):
         (tmp_path / "run.json").write_text(content)
         with pytest.raises(RecordError, match=said):
             anyrank.resume(tmp_path)
+
+
+def test_records_and_checkpoint_belong_together(finished, tmp_path):
+    for name in ("fewer", "without"):
+        shutil.copytree(finished.path, tmp_path / name)
+    records = tmp_path / "fewer" / "rounds.jsonl"
+    records.write_text("".join(records.read_text().splitlines(keepends=True)[:2]))
+    with pytest.raises(RecordError, match="does not hold rounds 1 to 3"):
+        anyrank.resume(tmp_path / "fewer")
+    shutil.rmtree(tmp_path / "without" / "checkpoint")
+    with pytest.raises(RecordError, match="is missing, though 3 rounds are recorded"):
+        anyrank.resume(tmp_path / "without")
+    assert len(RunFolder.open(tmp_path / "without").records()) == 3
+
+
+def test_the_head_is_always_saved_and_loads_in_stock_peft(tiny, tmp_path):
+    run = anyrank.run(recipe(tiny, "lora.modules_to_save=['bert.pooler']", "rounds=1"), tmp_path / "run")
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tiny / "model", num_labels=2)
+    stock = peft.PeftModel.from_pretrained(base, str(run.path / "adapter"))
+    head = run.final_adapter().dense["classifier.weight"]
+    assert torch.equal(stock.get_submodule("base_model.model.classifier.modules_to_save.default").weight, head)
 
 
 def test_a_truncated_checkpoint_is_refused(finished, tmp_path):
@@ -264,7 +344,9 @@ def test_the_rank_policies_and_partitions_of_a_recipe_reach_the_fleet(tiny):
         (["fleet.per_round=7"], "7 clients a round, but there are 6"),
         (["fleet.classes.strong.rank=49"], "above the larger side of bert.encoder.layer.0.attention.self.query"),
         (["fleet.classes.weak.device=toaster"], "there is no 'toaster'; there are: jetson-agx"),
-        (["lora.target_modules=['q_proj']"], "its linear layers end in"),
+        (["lora.target_modules=['q_proj']"], "linear layers of this model end in"),
+        (["lora.target_modules=['classifier']"], "classifier matches no linear layer"),
+        (["data.max_length=33"], "33 tokens, but the model has 32 positions"),
         (["model.name=./nowhere"], "there is no folder ./nowhere"),
         (["devices.x={forward_flops=1,backward_flops=1,memory_bytes=0,up_bps=1,down_bps=1}"], "memory_bytes"),
         (

@@ -98,6 +98,8 @@ def test_methods_are_listed_and_explained(anyrank):
         (["run", "--rounds", "2"], 2, "No such option"),
         (["run", "--resume", "nowhere"], 1, "nowhere holds no run"),
         (["run", "x.toml", "--resume", "y"], 2, "leave out RECIPE and --out"),
+        (["run", "--set", "=3"], 2, "--set =3: expected key=value"),
+        (["report", "nowhere", "-o", "x"], 1, "nowhere"),
         (["methods", "magic"], 2, "there is no method 'magic'"),
         (["report", "nowhere"], 1, "nowhere"),
         (["export", "nowhere", "--rank", "1", "-o", "x"], 1, "nowhere holds no run"),
@@ -109,6 +111,22 @@ def test_a_mistake_is_one_message_and_a_true_exit_code(anyrank, arguments, code,
     assert got == code
     assert said in " ".join(error.split())
     assert "Traceback" not in error
+
+
+def test_a_place_that_cannot_be_written_is_named(anyrank, recipe):
+    Path("file").write_text("in the way")
+    code, _, error = anyrank("run", recipe, "--set", "rounds=1", "--out", "file/run")
+    assert code == 1
+    assert "file/run: Not a directory" in error
+    assert "Traceback" not in error
+
+
+def test_names_of_the_user_are_no_markup(anyrank, recipe):
+    classes = 'fleet.classes={"[/x]"={device="phone",rank=1}}'
+    code, out, _ = anyrank("run", recipe, "--set", "rounds=1", "--set", classes, "--out", "[red]x[/red]")
+    assert code == 0
+    assert "[/x]" in out
+    assert "Run folder: [red]x[/red]" in out
 
 
 def test_debug_shows_the_traceback(anyrank):

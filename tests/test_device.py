@@ -195,8 +195,8 @@ def test_too_small_names_the_device_and_the_numbers():
         "1 x slow",
         "rank 9",
         "8 layers",
-        f"{needed / 1e9:.2f} GB",
-        "0.00 GB",
+        f"{needed / 1e6:,.1f} MB",
+        f"{SLOW.memory_bytes / 1e6:,.1f} MB",
         "smaller batch",
     ):
         assert part in found[0]

@@ -175,13 +175,17 @@ def test_the_head_is_a_function_of_the_seed_and_global_randomness_is_left_alone(
 
 def test_targets_that_match_nothing_are_answered_with_the_names_there_are(base):
     model = hf.load_classifier(base, label_names=LABELS, seed=0)
-    with pytest.raises(ConfigError, match=r"q_proj matches no linear layer.*dense, key, query, value"):
+    with pytest.raises(
+        ConfigError, match=r"q_proj matches no linear layer that can be adapted.*dense, key, query, value"
+    ):
         hf.AdaptedModel(model, scale=2.0, target_modules=["query", "q_proj"])
     with pytest.raises(ConfigError, match=r"modules_to_save: head names no module.*bert, classifier"):
         hf.AdaptedModel(model, scale=2.0, target_modules=["query"], modules_to_save=["head"])
 
 
-@pytest.mark.parametrize("content", [None, "{}", '{"peft_type": "LORA", "use_dora": true}', "not json"])
+@pytest.mark.parametrize(
+    "content", [None, "{}", '{"peft_type": "LORA", "lora_alpha": 2, "use_dora": true}', "not json"]
+)
 def test_what_is_no_plain_lora_is_refused(base, tmp_path, content):
     model = adapted(base)
     save(tmp_path, some_adapter(model), model, base)
@@ -189,8 +193,37 @@ def test_what_is_no_plain_lora_is_refused(base, tmp_path, content):
         (tmp_path / "adapter_model.safetensors").write_bytes(b"rubbish")
     else:
         (tmp_path / "adapter_config.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"no PEFT adapter can be read|expected plain LoRA"):
+    with pytest.raises(ConfigError, match=r"no PEFT adapter can be read|expected plain LoRA|there is no lora_alpha"):
         hf.read_adapter(tmp_path, scale=2.0)
+
+
+def test_half_precision_is_read_as_float32(base, tmp_path):
+    model = adapted(base)
+    save(tmp_path, some_adapter(model).map(lambda t: t.half()), model, base)
+    read = hf.read_adapter(tmp_path, scale=2.0)
+    assert {tensor.dtype for tensor in read.tensors().values()} == {torch.float32}
+
+
+def test_costs_do_not_depend_on_which_layers_are_adapted(base):
+    every = adapted(base).cost(batch_size=4, tokens=8)
+    model = hf.load_classifier(base, label_names=LABELS, seed=0)
+    lowest = hf.AdaptedModel(model, scale=2.0, target_modules=["encoder.layer.0.attention.self.query"])
+    assert lowest.cost(batch_size=4, tokens=8) == every
+    pooled = hf.AdaptedModel(
+        hf.load_classifier(base, label_names=LABELS, seed=0), scale=2.0, target_modules=["query", "pooler.dense"]
+    )
+    assert [layer.block for layer in pooled.layers] == [0, 1, 1]
+    assert pooled.cost(batch_size=4, tokens=8) == every
+
+
+def test_a_damaged_model_is_explained(base, tmp_path):
+    import shutil
+
+    shutil.copytree(base.location, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=r"model\.name: model could not be loaded"):
+        hf.load_classifier(resolve(str(tmp_path / "model")), label_names=LABELS, seed=0)
 
 
 def test_a_model_that_is_nowhere_is_explained(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """anyrank: federated LoRA fine-tuning in which every client trains at the rank its device can afford.
 
+    from pathlib import Path
+
     import anyrank
 
     recipe = anyrank.load_recipe(overrides={"method.name": "rbla", "rounds": 6})

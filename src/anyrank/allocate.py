@@ -131,6 +131,8 @@ def power_law(
         ConfigError: an empty range, a rank below 1, or an exponent that is not finite.
     """
     problems = []
+    if largest > 100_000:  # wider than any layer
+        problems.append(f"largest: expected a rank of at most 100000, got {largest}")
     if not 1 <= smallest <= largest:
         problems.append(f"smallest, largest: expected 1 <= smallest <= largest, got {smallest} and {largest}")
     if not -inf < alpha < inf:

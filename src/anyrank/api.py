@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 
@@ -72,6 +73,8 @@ def run(recipe: Recipe, out: Path, *, observer: Observer | None = None, command:
         RoundFailed: a round without a valid update; the checkpoint before it is kept.
     """
     RunFolder.check_free(out)
+    # Results depend on the number of threads: it is settled once, and a resumed run uses it again.
+    recipe = recipe.model_copy(update={"threads": recipe.threads or torch.get_num_threads()})
     job = prepare(recipe)
     folder = RunFolder.create(out, _info(job, command))
     _play(job, folder, observer or Observer())
@@ -114,10 +117,10 @@ def _extended(folder: RunFolder, overrides: Mapping[str, Any]) -> Recipe:
     recipe = config.resolve(folder.info["recipe"], overrides, CHOICES)
     if recipe.baseline == "centralised" and "rounds" in overrides:
         raise ConfigError("--set rounds: a centralised run has one round; start a new one with other rounds.")
-    done = len(folder.records())
-    if recipe.rounds < done:
-        raise ConfigError(f"--set rounds={recipe.rounds}: {folder.path} already has {done} rounds.")
-    return recipe.model_copy(update={"threads": folder.info["machine"]["threads"]})
+    planned = folder.info["recipe"]["rounds"]
+    if recipe.rounds < planned:
+        raise ConfigError(f"--set rounds={recipe.rounds}: {folder.path} has {planned} rounds; a run can only grow.")
+    return recipe
 
 
 def _check_same(job: Job, folder: RunFolder) -> None:
@@ -132,9 +135,12 @@ def _check_same(job: Job, folder: RunFolder) -> None:
 
 
 def _play(job: Job, folder: RunFolder, observer: Observer) -> None:
-    progress = folder.load(job.spec, job.cohort.fleet)
+    progress = folder.load(job.spec, job.cohort.fleet, target=job.recipe.evaluate.target)
     progress = progress or Progress(job.method.init(job.spec), job.cohort.fleet)
     observer.started(job, folder, progress)
+    if progress.state.round < job.cohort.rounds:
+        for result in ("adapter", "clients"):  # of a run that is extended: old as soon as it goes on
+            shutil.rmtree(folder.path / result, ignore_errors=True)
     with _deterministic():
         began = time.perf_counter()
         for progress in rounds(_federation(job, observer), progress):  # noqa: B020 - the last one is the result
@@ -187,7 +193,9 @@ def _deterministic() -> Iterator[None]:
 
 
 def _compare(job: Job, folder: RunFolder, observer: Observer) -> None:
-    """Play the baselines that the recipe compares with, each in a run folder of its own."""
+    """Play the baselines that the recipe compares with, each in a run folder of its own; a baseline is not compared."""
+    if job.recipe.baseline:
+        return
     examples = sum(record["examples"] for record in folder.records())
     for name in job.recipe.compare:
         out = folder.path / "compare" / name
@@ -197,12 +205,11 @@ def _compare(job: Job, folder: RunFolder, observer: Observer) -> None:
 
 def _nested(out: Path, job: Job) -> RunFolder | None:
     """The baseline's run folder, if it was begun; one from before the run was extended is removed."""
-    if not (out / "run.json").exists():
-        return None
-    folder = RunFolder.open(out)
-    if folder.info["recipe"] == job.recipe.model_dump(mode="json"):
-        return folder
-    shutil.rmtree(out)
+    if (out / "run.json").exists():
+        folder = RunFolder.open(out)
+        if folder.info["recipe"] == job.recipe.model_dump(mode="json"):
+            return folder
+    shutil.rmtree(out, ignore_errors=True)
     return None
 
 
@@ -216,7 +223,7 @@ def _info(job: Job, command: str) -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "recipe": job.recipe.model_dump(mode="json"),
         "rounds": job.cohort.rounds,
-        "method": job.cohort.method,
+        "method": "centralised" if job.recipe.baseline == "centralised" else job.cohort.method,
         "versions": {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in _VERSIONED},
         "machine": {
             "system": platform.system(),
@@ -255,30 +262,37 @@ def _commit() -> str | None:
 
 def _save_adapters(job: Job, folder: RunFolder, progress: Progress) -> None:
     if not job.method.claims.personal:
-        _save_adapter(folder, folder.path / "adapter", progress.state.adapter, job.base)
+        reached = folder.records()[-1]["accuracy"]
+        _save_adapter(folder, folder.path / "adapter", progress.state.adapter, job.base, reached)
         return
     for name, adapter in progress.state.extra.items():
         if name.startswith("client "):
-            _save_adapter(folder, folder.path / "clients" / name.removeprefix("client "), adapter, job.base)
+            # A client's name comes from the user's data: whatever it holds, it stays one folder under `clients`.
+            client = quote(name.removeprefix("client "), safe=" ").replace(".", "%2E")
+            _save_adapter(folder, folder.path / "clients" / client, adapter, job.base, None)
 
 
-def _save_adapter(folder: RunFolder, out: Path, adapter: Adapter, base: Pretrained) -> None:
+def _save_adapter(folder: RunFolder, out: Path, adapter: Adapter, base: Pretrained, accuracy: float | None) -> None:
+    """Write an adapter beside its place and move it there whole, so that a folder with this name is never half written."""
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     hf.write_adapter(
-        out,
+        temporary,
         adapter,
         scale=folder.info["recipe"]["lora"]["scale"],
         base=base,
         modules_to_save=folder.info["modules_to_save"],
         label_names=folder.info["data"]["label_names"],
-        card=_card(folder, adapter, base),
+        card=_card(folder, adapter, base, accuracy),
     )
+    shutil.rmtree(out, ignore_errors=True)
+    temporary.replace(out)
 
 
-def _card(folder: RunFolder, adapter: Adapter, base: Pretrained) -> str:
+def _card(folder: RunFolder, adapter: Adapter, base: Pretrained, accuracy: float | None) -> str:
     """A model card: what it is, how it came about, how to load it."""
     info = folder.info
     labels = info["data"]["label_names"]
-    accuracy = folder.records()[-1]["accuracy"]
     reached = (
         ""
         if accuracy is None
@@ -345,7 +359,8 @@ def check(recipe: Recipe) -> tuple[list[Demand], list[str]]:
     job = prepare(recipe)
     state = job.method.init(job.spec)
     groups: dict[tuple[str, int], list[tuple[Device, Plan]]] = {}
-    for device, plan in zip(fleet := list(job.cohort.fleet.values()), job.method.assign(state, fleet), strict=True):
+    for plan in job.method.assign(state, list(job.cohort.fleet.values())):
+        device = job.cohort.fleet[plan.client]
         groups.setdefault((device.kind, max(plan.ranks.values())), []).append((device, plan))
     demands = []
     for (kind, rank), members in sorted(groups.items(), key=lambda item: item[0][::-1]):
@@ -398,5 +413,6 @@ def export(source: Path, rank: int, out: Path) -> Adapter:
         for name, part in adapter.layers.items()
     }
     small = Adapter(layers, adapter.dense)
-    _save_adapter(folder, out, small, Pretrained(folder.info["base"], folder.info["base"]))
+    reached = (folder.records()[-1]["class_accuracy"] or {}).get(str(rank))
+    _save_adapter(folder, out, small, Pretrained(folder.info["base"], folder.info["base"]), reached)
     return small

@@ -25,8 +25,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
-_errors = Console(stderr=True)
+console = Console(markup=False)
+_errors = Console(stderr=True, markup=False)
 
 # Threads that wait for each other by spinning are five to ten times slower as soon as another program wants a core. Read
 # when torch is first loaded.
@@ -76,10 +76,10 @@ def run(
         except KeyboardInterrupt:
             started = resume or out
             if started and (started / "run.json").exists():
-                _errors.print(f"\nStopped. Continue with: anyrank run --resume {started}", highlight=False)
+                _errors.print(f"\nStopped. Continue with: anyrank run --resume {started}")
             raise
     console.print(*summary(folder), sep="\n")
-    console.print(f"\nRun folder: {folder.path}\nReport:     anyrank report {folder.path}", highlight=False)
+    console.print(f"\nRun folder: {folder.path}\nReport:     anyrank report {folder.path}")
 
 
 def _next_free(name: str) -> Path:
@@ -98,7 +98,7 @@ def check(recipe: RecipeFile = None, settings: Settings = []) -> None:  # noqa: 
     demands, remarks = api.check(api.load_recipe(recipe, settings))
     console.print(demand_table(demands, recipe or "embedded default"))
     for remark in remarks:
-        console.print(f"note: {remark}", highlight=False)
+        console.print(f"note: {remark}")
 
 
 @app.command()
@@ -115,9 +115,9 @@ def methods(
     if as_json:
         typer.echo(json.dumps(described[0] if name else described, indent=2))
     elif name:
-        console.print(described[0]["text"], highlight=False, markup=False)
+        console.print(described[0]["text"])
         for argument, default in described[0]["arguments"].items():
-            console.print(f"  method.{argument} = {default}", highlight=False)
+            console.print(f"  method.{argument} = {default}")
     else:
         table = Table(box=box.SIMPLE)
         for header in ("method", "paper", "mixed ranks", "exact mean", "averages", "no-op safe"):
@@ -139,7 +139,7 @@ def report(
     page = render(folders)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8")
-    console.print(f"Report: {output}", highlight=False)
+    console.print(f"Report: {output}")
 
 
 @app.command()
@@ -152,7 +152,7 @@ def export(
     from anyrank import api
 
     adapter = api.export(folder, rank, output)
-    console.print(f"Adapter of rank {rank}, {adapter.num_parameters:,} parameters: {output}", highlight=False)
+    console.print(f"Adapter of rank {rank}, {adapter.num_parameters:,} parameters: {output}")
 
 
 def main() -> None:
@@ -161,8 +161,16 @@ def main() -> None:
     try:
         app()
     except AnyrankError as error:
-        if _Debug.on:
-            raise
-        _errors.print("[bold red]error:[/bold red] ", end="")
-        _errors.print(str(error), highlight=False, markup=False, soft_wrap=True)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+        _fail(error, str(error), 2 if isinstance(error, ConfigError) else 1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        kept = "What was finished before is kept; once this is mended, a run goes on with `anyrank run --resume DIR`."
+        _fail(error, f"{where}{error.strerror or error}. {kept}", 1)
+
+
+def _fail(error: Exception, message: str, code: int) -> None:
+    if _Debug.on:
+        raise error
+    _errors.print("error: ", style="bold red", end="")
+    _errors.print(message, soft_wrap=True)
+    sys.exit(code)

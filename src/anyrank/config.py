@@ -23,7 +23,7 @@ Baseline = Literal["centralised", "local_only", "homogeneous_smallest", "homogen
 Choices = Mapping[str, Mapping[str, Callable[..., Any]]]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, strict=True)]
 
 
 class _Table(BaseModel):
@@ -45,7 +45,7 @@ class DataTable(_Table):
     test: str | None = None
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     held_out: Share = 0.1
-    max_length: Annotated[int, Field(ge=2)] = 128
+    max_length: Annotated[int, Field(ge=2, strict=True)] = 128
 
 
 class LoraTable(_Table):
@@ -53,7 +53,7 @@ class LoraTable(_Table):
 
     scale: Positive = 2.0
     target_modules: list[str] | None = None
-    modules_to_save: list[str] | None = None
+    modules_to_save: list[str] = []
     start: str | None = None
 
 
@@ -61,11 +61,11 @@ class TrainTable(_Table):
     """`[train]`: local training on every client."""
 
     learning_rate: Positive = 2e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     batch_size: Count = 16
     epochs: Count | None = None
     steps: Count | None = None
-    prox_mu: Annotated[float, Field(ge=0)] = 0.0
+    prox_mu: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
     @model_validator(mode="after")
     def _one_length(self):
@@ -125,7 +125,7 @@ class EvaluateTable(_Table):
 class Recipe(_Table):
     """A whole run. `method`, `partition` and `ranks` hold a `name` and the chosen function's arguments."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
     rounds: Count
     threads: Count | None = None
     baseline: Baseline | None = None
@@ -170,7 +170,11 @@ def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: a setting without `=`.
     """
-    problems = [f"--set {s}: expected key=value, such as --set rounds=20." for s in settings if "=" not in s]
+    problems = [
+        f"--set {setting}: expected key=value, such as --set rounds=20 or --set method.name=rbla."
+        for setting in settings
+        if "=" not in setting or not all(part.strip() for part in setting.split("=", 1)[0].split("."))
+    ]
     if problems:
         raise ConfigError(problems)
     pairs = [setting.split("=", 1) for setting in settings]

@@ -230,6 +230,6 @@ def _does_not_fit(devices: Sequence[Device], plan: Plan, needed: int) -> str:
     names = ", ".join(repr(each.client) for each in devices[:5]) + ", ..." * (len(devices) > 5)
     return (
         f"{len(devices)} x {device.kind} ({names}): training rank {rank} on {len(plan.ranks)} layers needs "
-        f"{needed / 1e9:.2f} GB, but the device has {device.profile.memory_bytes / 1e9:.2f} GB; use "
+        f"{needed / 1e6:,.1f} MB, but the device has {device.profile.memory_bytes / 1e6:,.1f} MB; use "
         "a smaller batch, shorter texts, a smaller model or a lower rank, or give the clients a larger device"
     )

@@ -1,7 +1,6 @@
 """What a person sees in the terminal: progress while a run goes on, tables at its end."""
 
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ class LiveObserver(Observer):
         """Prepare the bar; it starts with the run."""
         self.console = console
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("clients"),
@@ -63,19 +62,21 @@ class LiveObserver(Observer):
         """Say what is about to run."""
         cohort, what = job.cohort, job.recipe.baseline or job.cohort.method
         ranks = ", ".join(str(level) for level in job.spec.levels)
-        self.console.print(
-            f"[bold]{what}[/bold]: {job.base.name} on {job.examples.train.num_rows} examples of "
+        self._print(
+            f"{what}: {job.base.name} on {job.examples.train.num_rows} examples of "
             f"{job.recipe.data.source}, {len(cohort.fleet)} client{'s' * (len(cohort.fleet) > 1)} "
             f"({cohort.per_round} a round), rank{'s' * (len(job.spec.levels) > 1)} {ranks}",
-            highlight=False,
-            soft_wrap=True,
+            style="bold",
         )
         for remark in job.remarks:
-            self.console.print(f"note: {remark}", highlight=False, soft_wrap=True)
-        if progress.state.round:
-            self.console.print(
-                f"continuing after round {progress.state.round} of {cohort.rounds}", highlight=False, soft_wrap=True
-            )
+            self._print(f"note: {remark}")
+        played = progress.state.round
+        if played == cohort.rounds:
+            self._print(f"all {played} rounds are played")
+        elif progress.target_seconds is not None and job.recipe.evaluate.stop_at_target:
+            self._print(f"stopped at its target after round {played}; --set evaluate.stop_at_target=false goes on")
+        elif played:
+            self._print(f"continuing after round {played} of {cohort.rounds}")
         self._rounds = cohort.rounds
         done = progress.state.round * cohort.per_round
         self._bar.reset(self._task, total=cohort.rounds * cohort.per_round, completed=done, description=what)
@@ -87,30 +88,28 @@ class LiveObserver(Observer):
     def finished_round(self, record: Mapping[str, Any]) -> None:
         """Print the round's line, and who failed."""
         accuracy = "       " if record["accuracy"] is None else f"{record['accuracy']:7.4f}"
-        self.console.print(
+        self._print(
             f"round {record['round']:>3}/{self._rounds}  accuracy {accuracy}  loss {record['train_loss']:.4f}  "
             f"down {megabytes(record['bytes_down'])}  up {megabytes(record['bytes_up'])}  "
-            f"clock {duration(record['simulated_seconds'])}",
-            highlight=False,
-            soft_wrap=True,
+            f"clock {duration(record['simulated_seconds'])}"
         )
         for failure in record["rejected"]:
-            self.console.print(
-                f"           {failure['client']} {failure['stage']}: {failure['reason']}",
-                style="yellow",
-                highlight=False,
-                soft_wrap=True,
-            )
+            self._print(f"           {failure['client']} {failure['stage']}: {failure['reason']}", style="yellow")
+
+    def _print(self, text: str, *, style: str | None = None) -> None:
+        # No markup: names of clients and files are the user's.
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def megabytes(size: int) -> str:
-    """Bytes as megabytes."""
-    return f"{size / 1e6:.1f} MB"
+    """Bytes as megabytes, small ones as kilobytes."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
 def duration(seconds: float) -> str:
     """Seconds as h:mm:ss."""
-    return str(timedelta(seconds=round(seconds)))
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def summary(folder: RunFolder) -> list[Table]:
@@ -123,7 +122,8 @@ def summary(folder: RunFolder) -> list[Table]:
 def _reached(folder: RunFolder, last: Mapping[str, Any]) -> Table:
     table = Table("on the test set", "accuracy", box=box.SIMPLE)
     baseline = folder.info["recipe"]["baseline"]
-    table.add_row(baseline or folder.info["method"], f"{last['accuracy']:.4f}", style="bold")
+    own_accuracy = "not evaluated" if last["accuracy"] is None else f"{last['accuracy']:.4f}"
+    table.add_row(baseline or folder.info["method"], own_accuracy, style="bold")
     for path in sorted(folder.path.glob("compare/*")):
         reached = RunFolder.open(path).records()
         if reached:

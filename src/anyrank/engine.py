@@ -1,4 +1,4 @@
-"""The one round loop. It knows neither methods nor ranks: it moves tasks out, updates in, and the state one round on.
+"""The one round loop. It knows no method by name: it moves tasks out, updates in, and the state one round on.
 
 sample -> assign -> dispatch -> clock (who drops out or is late is not trained) -> transport -> sort, validate
        -> aggregate, dense tensors, server step -> evaluate -> Progress
@@ -193,13 +193,17 @@ def _collect(
     by_client = {task.plan.client: task for task in tasks}
     outcome = {arrival.client: arrival for arrival in arrivals}
     replies: dict[str, Update | Failure] = {
-        client: Failure(client, by_client[client].round, arrival.outcome, f"after {arrival.seconds:.1f} s")
+        client: Failure(client, by_client[client].round, arrival.outcome, f"after {arrival.seconds:.3g} s")
         for client, arrival in outcome.items()
         if arrival.outcome != "in time"
     }
-    for reply in federation.transport.run([task for task in tasks if task.plan.client not in replies]):
+    expected = {client: task for client, task in by_client.items() if client not in replies}
+    for reply in federation.transport.run(list(expected.values())):
         federation.notify(reply)
-        replies[reply.client] = _checked(federation.method, by_client[reply.client], reply)
+        if reply.client in expected:
+            replies[reply.client] = _checked(federation.method, expected[reply.client], reply)
+    for client in expected.keys() - replies.keys():
+        replies[client] = Failure(client, tasks[0].round, "dropped", "sent no reply")
     updates = [reply for client in by_client if isinstance(reply := replies[client], Update)]
     for client, error in check_norms(updates, federation.norm_limit).items():
         replies[client] = _rejection(by_client[client], error)
@@ -237,15 +241,17 @@ def _evaluate(federation: Federation, state: State, members: Sequence[Device], f
     last = state.round == federation.rounds
     if not last and state.round % plan.every:
         return {"accuracy": None, "loss": None, "class_accuracy": None, "federated": None}
-    devices = list(fleet.values()) if last else members
-    tasks = [Task("evaluate", state.round, p, method.dispatch(state, p)) for p in method.assign(state, devices)]
-    adapters = [task.start for task in tasks] if method.claims.personal else [state.adapter]
-    scores = [federation.score(adapter) for adapter in adapters]
+    scores = [
+        federation.score(adapter) for adapter in _judged(method, state, list(fleet.values()) if last else members)
+    ]
     accuracy = fmean(score.accuracy for score in scores)
-    stops = plan.stop_at_target and plan.target is not None and accuracy >= plan.target
+    if plan.stop_at_target and plan.target is not None and accuracy >= plan.target:
+        last = True
     by_class = None
-    if not method.claims.personal and (last or stops or plan.classes == "always"):
-        by_class = _class_accuracy(federation, state, next(iter(fleet.values())), accuracy)
+    if not method.claims.personal and (last or plan.classes == "always"):
+        by_class = _class_accuracy(federation, state, list(fleet.values()), accuracy)
+    plans = method.assign(state, list(fleet.values()) if last else members)
+    tasks = [Task("evaluate", state.round, each, method.dispatch(state, each)) for each in plans]
     return {
         "accuracy": accuracy,
         "loss": fmean(score.loss for score in scores),
@@ -254,12 +260,19 @@ def _evaluate(federation: Federation, state: State, members: Sequence[Device], f
     }
 
 
-def _class_accuracy(federation: Federation, state: State, device: Device, whole: float) -> dict[str, float]:
-    """Accuracy of what a client of each rank class is sent, by rank; at the full rank that is the whole adapter's."""
-    ranked = [replace(device, rank=level) for level in state.spec.levels]
-    plans = {str(max(plan.ranks.values())): plan for plan in federation.method.assign(state, ranked)}
+def _judged(method: Method, state: State, devices: Sequence[Device]) -> list[Adapter]:
+    """What the server's test set is put to: the global adapter, or each of the clients' own."""
+    if method.claims.personal:
+        return [method.dispatch(state, plan) for plan in method.assign(state, devices)]
+    return [state.adapter]
+
+
+def _class_accuracy(federation: Federation, state: State, fleet: Sequence[Device], whole: float) -> dict[str, float]:
+    """Accuracy of what clients of each rank are sent, by rank; at the full rank that is the whole adapter's."""
+    one_of_each = {device.rank: device for device in sorted(fleet, key=lambda device: device.rank)}
+    plans = {max(p.ranks.values()): p for p in federation.method.assign(state, list(one_of_each.values()))}
     return {
-        rank: whole
+        str(rank): whole
         if plan.ranks == state.adapter.ranks
         else federation.score(federation.method.dispatch(state, plan)).accuracy
         for rank, plan in plans.items()

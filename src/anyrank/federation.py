@@ -140,7 +140,7 @@ class Update:
         client: who replies.
         round: the task's round.
         adapter: the trained adapter; None after an evaluation.
-        num_examples: examples that the metrics were taken over.
+        num_examples: of the client: its training examples, or the held-out ones after an evaluation.
         metrics: plain numbers, such as the mean training `loss`.
     """
 

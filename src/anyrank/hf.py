@@ -31,6 +31,7 @@ __all__ = ["AdaptedModel", "load_classifier", "load_tokenizer", "read_adapter", 
 
 _NAME = "default"
 _PREFIX = "base_model.model."
+_INNER = ("intermediate_size", "hidden_dim", "ffn_dim", "n_inner")  # the width of a feed-forward layer, by model family
 _HEADS = ("classifier", "score")  # what transformers calls the head of a sequence classifier
 
 
@@ -67,8 +68,8 @@ def load_classifier(model: Pretrained, *, label_names: Sequence[str], seed: int)
 def _explained(model: Pretrained) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"model.name: {model.name} could not be loaded ({reason}). Expected a local folder, the packaged model "
             "all-MiniLM-L6-v2 (extra anyrank[demo]), or a hub name in reach; set it with `--set model.name=...`."
@@ -99,7 +100,7 @@ class AdaptedModel:
         model: the base model; LoRA modules are injected in place.
         scale: the run's scale in front of `B A`.
         target_modules: names (or last parts of names) of the linear layers to adapt; None takes PEFT's default for the model.
-        modules_to_save: names of the modules trained whole; None takes the classification head.
+        modules_to_save: names of modules trained whole beside the classification head.
 
     Attributes:
         layers: the adapted layers, input to output.
@@ -115,11 +116,11 @@ class AdaptedModel:
         *,
         scale: float,
         target_modules: Sequence[str] | None = None,
-        modules_to_save: Sequence[str] | None = None,
+        modules_to_save: Sequence[str] = (),
     ):
         """Inject LoRA, freeze the rest."""
-        names = _targets(model, target_modules)
-        self.modules_to_save = _heads(model) if modules_to_save is None else sorted(modules_to_save)
+        self.modules_to_save = sorted({*_heads(model), *modules_to_save})
+        names = _targets(model, target_modules, self.modules_to_save)
         config = peft.LoraConfig(r=1, lora_alpha=1, target_modules=names)
         with torch.random.fork_rng(devices=[]):  # PEFT draws first values, which `load` replaces
             self.model: Any = peft.inject_adapter_in_model(config, model).requires_grad_(False).eval()
@@ -165,10 +166,15 @@ class AdaptedModel:
         }
         return Adapter(parts, dict(self._dense))
 
+    @property
+    def positions(self) -> int | None:
+        """The most tokens that the model takes, if it says."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
     def cost(self, *, batch_size: int, tokens: int) -> ModelCost:
         """What one local step costs, from the sizes of the model's matrices."""
         config = self.model.config
-        blocks = 1 + max(layer.block for layer in self.layers)
+        blocks = 1 + max(_block_of(name) or 0 for name, _ in self.model.named_parameters())
         inside, outside = 0, 0
         for name, module in self.model.named_modules():
             if isinstance(module, nn.Linear) and "lora_" not in name:
@@ -180,25 +186,31 @@ class AdaptedModel:
             num_blocks=blocks,
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
-            intermediate=config.intermediate_size,
+            intermediate=next((getattr(config, n) for n in _INNER if getattr(config, n, None)), 4 * config.hidden_size),
             batch_size=batch_size,
             tokens=tokens,
             base_bytes=sum(p.numel() * p.element_size() for n, p in self.model.named_parameters() if "lora_" not in n),
         )
 
 
-def _targets(model: Any, wanted: Sequence[str] | None) -> list[str]:
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+def _targets(model: Any, wanted: Sequence[str] | None, saved: Sequence[str]) -> list[str]:
+    """Names of the linear layers to adapt; modules that are trained whole are not adapted besides."""
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not any(name == owner or name.startswith(owner + ".") for owner in saved)
+    ]
     if wanted is None:
         defaults = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
         wanted = defaults.get(model.config.model_type) or ()
     found = [name for name in linear if any(_matches(name, target) for target in wanted)]
     missing = [target for target in wanted if not any(_matches(name, target) for name in linear)]
     if missing or not found:
-        last_parts = sorted({name.rpartition(".")[2] for name in linear} - set(_HEADS))
+        last_parts = sorted({name.rpartition(".")[2] for name in linear})
+        named = ", ".join(missing or wanted) or "an empty list"
         raise ConfigError(
-            f"lora.target_modules: {', '.join(missing) or 'the default'} matches no linear layer of this model. "
-            f"Its linear layers end in: {', '.join(last_parts)}."
+            f"lora.target_modules: {named} matches no linear layer that can be adapted. "
+            f"The linear layers of this model end in: {', '.join(last_parts)}."
         )
     return found
 
@@ -232,9 +244,10 @@ def _block_of(name: str) -> int | None:
 
 
 def _blocks(names: Sequence[str]) -> list[int]:
-    """The number in each name is its block; models without numbered blocks count each layer as one."""
+    """The number in each name is its block; what has none (a pooler) sits above the last, or each layer is one block."""
     numbers = [_block_of(name) for name in names]
-    return [i if number is None else number for i, number in enumerate(numbers)]
+    known = [number for number in numbers if number is not None]
+    return [(max(known) if known else i) if number is None else number for i, number in enumerate(numbers)]
 
 
 def write_adapter(
@@ -281,7 +294,7 @@ def read_adapter(folder: Path, *, scale: float) -> Adapter:
     """Read a PEFT LoRA directory, its scale folded into `B` so that the run's `scale` stands in front.
 
     Raises:
-        ConfigError: no adapter there, or a kind that plain LoRA does not cover (DoRA, bias, rsLoRA with patterns, Conv).
+        ConfigError: no adapter there, or more than plain LoRA on linear layers (DoRA, trained biases, convolutions).
     """
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -291,17 +304,25 @@ def read_adapter(folder: Path, *, scale: float) -> Adapter:
             f"{folder}: no PEFT adapter can be read there ({error}). Expected adapter_config.json and "
             "adapter_model.safetensors, as PEFT's save_pretrained writes them."
         ) from error
+    if not isinstance(config, dict) or "lora_alpha" not in config:
+        raise ConfigError(
+            f"{folder / 'adapter_config.json'}: there is no lora_alpha; expected what PEFT's LoraConfig saves."
+        )
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
-        raise ConfigError(f"{folder}: expected plain LoRA (no DoRA, no trained biases), got {config.get('peft_type')}.")
+        raise ConfigError(f"{folder}: expected plain LoRA without DoRA and trained biases, got another kind.")
     layers, dense = {}, {}
     for key, tensor in sorted(flat.items()):
         name = key.removeprefix(_PREFIX)
-        if name.endswith(".lora_A.weight"):
+        if ".lora_" not in name:
+            dense[name] = tensor.float()
+        elif name.endswith(".lora_A.weight") and (partner := key.replace(".lora_A.", ".lora_B.")) in flat:
             layer = name.removesuffix(".lora_A.weight")
-            B = flat[key.replace(".lora_A.", ".lora_B.")]
-            layers[layer] = LowRank(tensor, B * (_scale_of(config, layer, tensor.shape[0]) / scale))
-        elif ".lora_" not in name:
-            dense[name] = tensor
+            factor = _scale_of(config, layer, tensor.shape[0]) / scale
+            layers[layer] = LowRank(tensor.float(), flat[partner].float() * factor)
+        elif not name.endswith(".lora_B.weight") or tensor.ndim != 2:
+            raise ConfigError(
+                f"{folder}: {key} is no factor of plain LoRA on a linear layer, which is all that is read."
+            )
     return Adapter(layers, dense)
 
 

@@ -109,6 +109,7 @@ def prepare(recipe: Recipe) -> Job:
     shards = _partition(recipe, examples)
     model, start = _load_model(recipe, base, examples)
     tokenizer = hf.load_tokenizer(base)
+    _check_length(recipe, model, tokenizer)
     encode = partial(data.encode, tokenizer=tokenizer, text=examples.text, max_length=recipe.data.max_length)
     test = encode(examples.test)
     training = Training(
@@ -185,10 +186,23 @@ def _load_model(recipe: Recipe, base: Pretrained, examples: data.Labelled) -> tu
     return model, Adapter(start.layers, {**model.dense, **start.dense})
 
 
+def _check_length(recipe: Recipe, model: AdaptedModel, tokenizer: Any) -> None:
+    positions, wanted = model.positions, recipe.data.max_length
+    problems = []
+    if positions is not None and wanted > positions:
+        problems.append(f"data.max_length: {wanted} tokens, but the model has {positions} positions.")
+    if tokenizer.pad_token is None:
+        problems.append(f"model.name: the tokenizer of {recipe.model.name} has no padding token, which batches need.")
+    if problems:
+        raise ConfigError(problems)
+
+
 def _check_start(folder: str, start: Adapter, model: AdaptedModel) -> None:
     shapes = {layer.name: (layer.d_out, layer.d_in) for layer in model.layers}
     problems = []
     for name, part in start.layers.items():
+        if not all(torch.isfinite(factor).all() for factor in (part.A, part.B)):
+            problems.append(f"lora.start: {folder}: {name} holds a number that is not finite.")
         if name not in shapes:
             problems.append(f"lora.start: {folder} adapts {name}, which lora.target_modules does not.")
         elif shapes[name] != (part.B.shape[0], part.A.shape[1]):
@@ -262,6 +276,8 @@ def _cohort(
 
 
 def _method(recipe: Recipe, cohort: Cohort) -> Method:
+    if recipe.baseline == "centralised":
+        return METHODS[cohort.method]()  # nothing to average: a server step or proximal term would only hold it back
     own = cohort.method == recipe.method["name"]
     arguments = {key: value for key, value in recipe.method.items() if key != "name"} if own else {}
     method = METHODS[cohort.method](**arguments)
@@ -280,8 +296,8 @@ def _check_ranks(job: Job) -> None:
             f"rank {largest} is above the larger side of {narrowest.name} ({narrowest.d_out} x {narrowest.d_in}); "
             f"expected at most {max(narrowest.d_in, narrowest.d_out)}. Lower the rank in [fleet.classes] or [ranks]."
         )
-    if job.recipe.baseline:
-        return  # a baseline asks what would be if the devices could do it
+    if job.recipe.baseline in ("centralised", "homogeneous_largest"):
+        return  # these ask what would be if the devices could do it
     devices = list(job.cohort.fleet.values())
     plans = job.method.assign(job.method.init(job.spec), devices)
     if sentences := too_small(

@@ -50,11 +50,11 @@ class RunFolder:
         """
         if (path / "run.json").exists():
             raise RecordError(
-                f"{path} already holds a run. Continue it with `anyrank run --resume {path}`, or choose another --out."
+                f"{path} already holds a run. Continue it with `anyrank run --resume {path}`, or choose another folder."
             )
         left_over = "run.json.tmp"  # from a run that was killed before it began
         if path.exists() and (not path.is_dir() or any(child.name != left_over for child in path.iterdir())):
-            raise RecordError(f"{path} is not an empty folder. Choose another --out.")
+            raise RecordError(f"{path} is not an empty folder. Choose another one.")
 
     @classmethod
     def create(cls, path: Path, info: Mapping[str, Any]) -> "RunFolder":
@@ -85,6 +85,9 @@ class RunFolder:
         if not isinstance(info, dict) or info.get("format") != FORMAT:
             found = info.get("format") if isinstance(info, dict) else "something else"
             raise RecordError(f"{path / 'run.json'} is not a run of format {FORMAT}; it says {found!r}.")
+        missing = {"recipe", "rounds", "method", "machine", "data", "fleet", "modules_to_save"} - set(info)
+        if missing:
+            raise RecordError(f"{path / 'run.json'} lacks {', '.join(sorted(missing))}; it is not from anyrank.")
         return cls(path, info)
 
     def update_info(self, **changes: Any) -> None:
@@ -126,18 +129,18 @@ class RunFolder:
             "round": state.round,
             "ranks": {client: device.rank for client, device in progress.fleet.items()},
             "seconds": progress.seconds,
-            "target_seconds": progress.target_seconds,
         }
         packed = encode({"adapter": state.adapter, **{f"extra {k}": v for k, v in state.extra.items()}}, header)
         (self.path / "checkpoint").mkdir(exist_ok=True)
         _replace_file(self.path / "checkpoint" / "state.safetensors", packed)
 
-    def load(self, spec: Spec, fleet: Mapping[str, Device]) -> Progress | None:
+    def load(self, spec: Spec, fleet: Mapping[str, Device], *, target: float | None = None) -> Progress | None:
         """The last checkpoint, and `rounds.jsonl` cut back to it; None if no round was finished.
 
         Args:
             spec: of the run.
             fleet: the run's devices; their ranks are replaced by the checkpoint's.
+            target: the accuracy to reach, of which the records tell when it was reached.
 
         Raises:
             RecordError: a checkpoint that is truncated, foreign, or of another fleet.
@@ -145,6 +148,8 @@ class RunFolder:
         file = self.path / "checkpoint" / "state.safetensors"
         records = self.records()
         if not file.exists():
+            if len(records) > 1:  # a kill can leave one record before its checkpoint, not two
+                raise RecordError(f"{file} is missing, though {len(records)} rounds are recorded. Start a new run.")
             self._keep(records[:0])
             return None
         try:
@@ -155,11 +160,18 @@ class RunFolder:
             raise RecordError(
                 f"{file}: its clients are not those of {self.path / 'run.json'}; the folder was mixed up."
             )
-        self._keep([record for record in records if record["round"] <= header["round"]])
+        records = [record for record in records if record["round"] <= header["round"]]
+        if [record["round"] for record in records] != list(range(1, header["round"] + 1)):
+            raise RecordError(
+                f"{self.path / 'rounds.jsonl'} does not hold rounds 1 to {header['round']}, which the checkpoint is after; "
+                "the folder was changed. Start a new run."
+            )
+        self._keep(records)
+        reached = [r["simulated_seconds"] for r in records if target is not None and (r["accuracy"] or 0.0) >= target]
         extra = {name.removeprefix("extra "): a for name, a in adapters.items() if name != "adapter"}
         state = State(spec, adapters["adapter"], header["round"], extra)
         devices = {client: replace(device, rank=header["ranks"][client]) for client, device in fleet.items()}
-        return Progress(state, devices, header["seconds"], header["target_seconds"])
+        return Progress(state, devices, header["seconds"], reached[0] if reached else None)
 
     def _keep(self, records: list[dict[str, Any]]) -> None:
         if (self.path / "rounds.jsonl").exists():
@@ -175,7 +187,10 @@ class RunFolder:
         file = self.path / "checkpoint" / "state.safetensors"
         if not file.exists():
             raise RecordError(f"{self.path} has no finished round yet.")
-        return decode(file.read_bytes())[0]["adapter"]
+        try:
+            return decode(file.read_bytes())[0]["adapter"]
+        except RecordError as error:
+            raise RecordError(f"{file}: {error}.") from error
 
 
 def _replace_file(file: Path, content: bytes) -> None:

@@ -120,7 +120,7 @@ def _batches(data: Examples, steps: int, training: Training, rng: torch.Generato
 
 
 def evaluate(model: AdaptedModel, adapter: Adapter, data: Examples, *, training: Training) -> Score:
-    """Score an adapter on examples, given in order of length so that little is padded."""
+    """Score an adapter on examples; in order of length they are padded least."""
     model.load(adapter)
     size = 4 * training.batch_size  # no gradients are kept, so larger batches fit
     loss, correct = 0.0, 0

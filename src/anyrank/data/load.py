@@ -139,11 +139,15 @@ def _has_labels(data: Dataset, label: str) -> bool:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    shown = not datasets.are_progress_bars_disabled()
+    """Also without the hub's own lines about its retries: what went wrong is said once, at the end."""
+    shown, logger = not datasets.are_progress_bars_disabled(), logging.getLogger("huggingface_hub")
+    level = logger.level
     datasets.disable_progress_bars()
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        logger.setLevel(level)
         if shown:
             datasets.enable_progress_bars()
 
@@ -180,8 +184,8 @@ def _file(path: Path, columns: tuple[str, ...]) -> Dataset:
     kind = FORMATS[path.suffix]
     try:
         return _read(kind, path, columns)
-    except (DatasetsError, ValueError, OSError) as error:
-        reason = str(error.__cause__ or error).strip()
+    except (DatasetsError, ValueError, OSError, StopIteration) as error:  # the last is an empty file of JSON lines
+        reason = str(error.__cause__ or error).strip() or "no rows"
         raise ConfigError(f"data file {path}: cannot be read ({reason}); expected {EXPECTED[kind]}") from error
 
 

@@ -36,7 +36,7 @@ __all__ = ["hetlora"]
 def hetlora(
     *,
     gamma: Annotated[float, Gt(0), Le(1)] = 0.99,
-    lam: Annotated[float, Ge(0)] = 0.01,
+    lam: Annotated[float, Ge(0), Le(1e6)] = 0.01,
     rank_min: Annotated[int, Ge(1)] = 1,
 ) -> Method:
     """Norm-weighted zero padding with self-pruning clients.

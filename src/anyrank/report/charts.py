@@ -25,6 +25,7 @@ __all__ = [
     "bars",
     "columns",
     "lines",
+    "percent_tick",
     "swatch",
     "ticks",
 ]
@@ -229,7 +230,7 @@ def areas(bands: Sequence[Series], *, title: str, x: Axis) -> str:
         *accumulate(shares, lambda below, more: [a + b for a, b in zip(below, more, strict=True)]),
     ]
     middles = [up((low[-1] + high[-1]) / 2) for low, high in pairwise(tops)]
-    axis = Axis("", write=lambda share: f"{share * 100:.0f}\N{NO-BREAK SPACE}%")
+    axis = Axis("", write=percent_tick)
     return _svg(
         title,
         *[
@@ -280,7 +281,8 @@ def bars(rows: Sequence[Bar], *, title: str) -> str:
     for row in rows:
         if row.group != group:
             y += gap / 2 if group is not None else 0
-            drawn.append(_text(row.group, left - 10, y + thick / 2 + 4, "name", anchor="end"))
+            tall = (thick + 3) * sum(other.group == row.group for other in rows) - 3
+            drawn.append(_text(row.group, left - 10, y + tall / 2 + 4, "name", anchor="end"))
             group = row.group
         drawn.append(_bar(row, y, thick, across))
         y += thick + 3
@@ -297,6 +299,11 @@ def swatch(tone: int | None) -> str:
     group = _node("g", stroke, *marks, class_=_tone(tone))
     svg = _node("svg", group, class_="swatch", viewBox="0 0 26 12", width=26, height=12, aria_hidden="true")
     return ElementTree.tostring(svg, encoding="unicode")
+
+
+def percent_tick(share: Number) -> str:
+    """A share (0 to 1) as an axis shows it."""
+    return f"{share * 100:g}\N{NO-BREAK SPACE}%"
 
 
 # --- axes ---------------------------------------------------------------------------------------------------------

@@ -178,9 +178,19 @@ class Run:
         return bool(stop) and self.target_seconds is not None
 
     @property
+    def start(self) -> int:
+        """The round after which the first record begins."""
+        return max(0, self.rounds[0].number - 1) if self.rounds else 0
+
+    @property
+    def short(self) -> bool:
+        """Whether it has fewer rounds than were planned."""
+        return self.played < self.planned
+
+    @property
     def unfinished(self) -> bool:
         """Whether rounds are still to come."""
-        return self.played < self.planned and not self.stopped
+        return self.short and not self.stopped
 
     @property
     def prunes(self) -> bool:
@@ -222,7 +232,7 @@ class Run:
     def current_ranks(self) -> Iterator[tuple[int, dict[str, int]]]:
         """Before the first round and after each one: its number, and the rank of every client by what it last returned."""
         ranks = {client: member.rank for client, member in self.fleet.items()} | self.first_ranks
-        yield max(0, self.rounds[0].number - 1), dict(ranks)
+        yield self.start, dict(ranks)
         for round in self.rounds:
             ranks |= {client: rank for client, rank in round.returned_ranks.items() if client in ranks}
             if round.number:
