@@ -17,7 +17,7 @@ ROWS = [
     "record baselines",
     "engine",
     "transport",
-    "train methods",
+    "train methods local",
     "hf allocate clock wire config",
     "device pretrained data",
     "federation",

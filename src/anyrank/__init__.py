@@ -19,7 +19,7 @@ from anyrank.errors import AnyrankError, ConfigError, RecordError, RoundFailed, 
 if TYPE_CHECKING:
     from anyrank.adapter import Adapter, LowRank
     from anyrank.api import Observer, check, export, load_recipe, resume, run
-    from anyrank.federation import Claims, Device, Method, Plan, Profile, Spec, State, Task, Update
+    from anyrank.federation import Claims, Device, Local, Method, Plan, Profile, Spec, State, Task, Update
     from anyrank.methods import METHODS
     from anyrank.record import RunFolder
     from anyrank.report import render as render_report
@@ -31,6 +31,7 @@ __all__ = [
     "Claims",
     "ConfigError",
     "Device",
+    "Local",
     "LowRank",
     "Method",
     "Observer",
@@ -55,7 +56,8 @@ __all__ = [
 
 _HOME = {
     **dict.fromkeys(["Adapter", "LowRank"], "adapter"),
-    **dict.fromkeys(["Claims", "Device", "Method", "Plan", "Profile", "Spec", "State", "Task", "Update"], "federation"),
+    **dict.fromkeys(["Claims", "Device", "Local", "Method", "Plan"], "federation"),
+    **dict.fromkeys(["Profile", "Spec", "State", "Task", "Update"], "federation"),
     **dict.fromkeys(["Observer", "check", "export", "load_recipe", "resume", "run"], "api"),
     "METHODS": "methods",
     "RunFolder": "record",

@@ -1,7 +1,8 @@
 """Recipes: TOML files with overrides, checked as a whole before anything is loaded.
 
 Unknown keys are errors. All problems of a recipe are reported at once. A table that chooses something by `name` (`method`,
-`partition`, `ranks`) accepts as further keys the keyword-only arguments of the chosen function: its signature is its schema.
+`local`, `partition`, `ranks`) accepts as further keys the keyword-only arguments of the chosen function: its signature is
+its schema.
 """
 
 import inspect
@@ -123,7 +124,7 @@ class EvaluateTable(_Table):
 
 
 class Recipe(_Table):
-    """A whole run. `method`, `partition` and `ranks` hold a `name` and the chosen function's arguments."""
+    """A whole run. `method`, `local`, `partition` and `ranks` hold a `name` and the chosen function's arguments."""
 
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
     rounds: Count
@@ -135,6 +136,7 @@ class Recipe(_Table):
     data: DataTable
     partition: dict[str, Any]
     ranks: dict[str, Any] = {"name": "per_class"}
+    local: dict[str, Any] = {"name": "lora"}
     lora: LoraTable = LoraTable()
     train: TrainTable = TrainTable()
     server: ServerTable = ServerTable()

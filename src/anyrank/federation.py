@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from anyrank import lowrank
 from anyrank.adapter import Adapter, LowRank
@@ -20,6 +21,7 @@ __all__ = [
     "Failure",
     "Inbox",
     "Layer",
+    "Local",
     "Method",
     "Plan",
     "Profile",
@@ -238,6 +240,20 @@ class Claims(NamedTuple):
     personal: bool = False
 
 
+class Local(NamedTuple):
+    """How a client trains: the optimizer, and what happens around its steps. The hooks act in place on the live adapter.
+
+    Attributes:
+        optimizer: from the trained tensors, the learning rate and the weight decay, a fresh optimizer.
+        on_grad: after each backward pass, before the optimizer's step; may change gradients.
+        on_step: after each step; may change the parameters.
+    """
+
+    optimizer: Callable[[Sequence[Tensor], float, float], Optimizer]
+    on_grad: Callable[[Adapter], None]
+    on_step: Callable[[Adapter], None]
+
+
 class Method(NamedTuple):
     """A federated method: pure functions, called in this order each round.
 
@@ -250,6 +266,7 @@ class Method(NamedTuple):
         aggregate: the reducer: the inbox's layers, weighted, become the next state's. Weights are the members' shares;
             they sum to one over all who were asked. Dense tensors are averaged by the engine, the round is counted there.
         step: what the server makes of the state before and the aggregate (server learning rate, momentum).
+        local: how clients train, where the method needs a certain way; None leaves it to the recipe.
         claims: what the conformance suite holds the method to.
     """
 
@@ -260,4 +277,5 @@ class Method(NamedTuple):
     leave: Callable[[Adapter, Adapter], Adapter]
     aggregate: Callable[[State, Inbox, Sequence[float]], State]
     step: Callable[[State, State], State]
+    local: Local | None
     claims: Claims

@@ -21,6 +21,7 @@ from anyrank.device import PROFILES, ModelCost, too_small
 from anyrank.errors import ConfigError
 from anyrank.federation import Device, Method, Profile, Spec
 from anyrank.hf import AdaptedModel
+from anyrank.local import LOCALS
 from anyrank.methods import METHODS, proximal, server_optimizer
 from anyrank.pretrained import Pretrained, resolve
 from anyrank.seeding import numpy_generator
@@ -29,7 +30,7 @@ from anyrank.train import Training
 __all__ = ["CHOICES", "QUICKSTART", "Job", "load_recipe", "prepare", "with_baseline"]
 
 QUICKSTART = Path(__file__).with_name("quickstart.toml")
-CHOICES: Choices = {"method": METHODS, "partition": data.PARTITIONS, "ranks": RANK_POLICIES}
+CHOICES: Choices = {"method": METHODS, "local": LOCALS, "partition": data.PARTITIONS, "ranks": RANK_POLICIES}
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +114,7 @@ def prepare(recipe: Recipe) -> Job:
     encode = partial(data.encode, tokenizer=tokenizer, text=examples.text, max_length=recipe.data.max_length)
     test = encode(examples.test)
     training = Training(
+        local=LOCALS[recipe.local["name"]](**_arguments(recipe.local)),
         learning_rate=recipe.train.learning_rate,
         weight_decay=recipe.train.weight_decay,
         batch_size=recipe.train.batch_size,
@@ -148,6 +150,11 @@ class _Collate:
         return self.pad([{key: value for key, value in item.items() if key != "length"} for item in items])
 
 
+def _arguments(table: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table that chooses by name says beside the name."""
+    return {key: value for key, value in table.items() if key != "name"}
+
+
 def _load_data(recipe: Recipe) -> data.Labelled:
     table = recipe.data
     return data.load(
@@ -161,9 +168,8 @@ def _load_data(recipe: Recipe) -> data.Labelled:
 
 
 def _partition(recipe: Recipe, examples: data.Labelled) -> dict[str, np.ndarray]:
-    arguments = {key: value for key, value in recipe.partition.items() if key != "name"}
     divide = data.PARTITIONS[recipe.partition["name"]]
-    shards = divide(examples.train, numpy_generator(recipe.seed, "partition"), **arguments)
+    shards = divide(examples.train, numpy_generator(recipe.seed, "partition"), **_arguments(recipe.partition))
     if recipe.fleet.per_round > len(shards):
         raise ConfigError(f"fleet.per_round: {recipe.fleet.per_round} clients a round, but there are {len(shards)}.")
     return shards
@@ -226,9 +232,8 @@ def _fleet(recipe: Recipe, shards: Mapping[str, np.ndarray]) -> dict[str, Device
     )
     sizes = {client: len(_kept(recipe, client, shard)) for client, shard in shards.items()}
     candidates = [Candidate(c, kinds[c], sizes[c], classes[kinds[c]].rank) for c in shards]
-    arguments = {key: value for key, value in recipe.ranks.items() if key != "name"}
     policy = RANK_POLICIES[recipe.ranks["name"]]
-    ranks = policy(candidates, numpy_generator(recipe.seed, "ranks"), **arguments)
+    ranks = policy(candidates, numpy_generator(recipe.seed, "ranks"), **_arguments(recipe.ranks))
     ranks = ordered(ranks, sizes, order=recipe.fleet.rank_order)
     return {c: Device(c, kinds[c], profiles[kinds[c]], ranks[c], sizes[c], _steps(recipe, sizes[c])) for c in shards}
 
@@ -279,7 +284,7 @@ def _method(recipe: Recipe, cohort: Cohort) -> Method:
     if recipe.baseline == "centralised":
         return METHODS[cohort.method]()  # nothing to average: a server step or proximal term would only hold it back
     own = cohort.method == recipe.method["name"]
-    arguments = {key: value for key, value in recipe.method.items() if key != "name"} if own else {}
+    arguments = _arguments(recipe.method) if own else {}
     method = METHODS[cohort.method](**arguments)
     if recipe.train.prox_mu:
         method = proximal(method, recipe.train.prox_mu)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anyrank.adapter import Adapter
-from anyrank.federation import Method, Task, Update
+from anyrank.federation import Local, Method, Task, Update
 from anyrank.hf import AdaptedModel
 from anyrank.seeding import generator
 
@@ -36,12 +36,14 @@ class Training:
     """How every client trains.
 
     Args:
-        learning_rate: of AdamW.
-        weight_decay: of AdamW.
+        local: the way of training, unless the method brings one.
+        learning_rate: of the optimizer.
+        weight_decay: of the optimizer.
         batch_size: examples a step.
         collate: examples to a batch of tensors, padded to the longest of them; `labels` among them.
     """
 
+    local: Local
     learning_rate: float
     weight_decay: float
     batch_size: int
@@ -77,9 +79,10 @@ def train(
     steps: int,
     training: Training,
     penalty: Callable[[Adapter, Adapter], Tensor] | None,
+    local: Local,
     rng: torch.Generator,
 ) -> tuple[Adapter, float]:
-    """Local training with a fresh AdamW.
+    """Local training with a fresh optimizer.
 
     Args:
         model: the shared base model; its adapter is replaced.
@@ -88,22 +91,24 @@ def train(
         steps: optimizer steps.
         training: learning rate, batch size and the like.
         penalty: the method's addition to the loss.
+        local: the optimizer, and what happens around its steps.
         rng: draws the order of the examples.
 
     Returns:
         the trained adapter, and the mean loss over the steps (without the penalty).
     """
     live = model.load(start)
-    optimizer = torch.optim.AdamW(
-        live.tensors().values(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
-    )
+    optimizer = local.optimizer(list(live.tensors().values()), training.learning_rate, training.weight_decay)
     total = 0.0
     for batch in _batches(data, steps, training, rng):
         loss = model.model(**batch).loss
         objective = loss if penalty is None else loss + penalty(live, start)
         optimizer.zero_grad()
         objective.backward()
+        local.on_grad(live)
         optimizer.step()
+        with torch.no_grad():
+            local.on_step(live)
         total += loss.item()
     return live.map(lambda tensor: tensor.detach().clone()), total / steps
 
@@ -146,7 +151,7 @@ def work(
 
     Args:
         model: the base model.
-        method: its `penalty` and `leave` act here.
+        method: its `penalty`, `local` and `leave` act here.
         task: what is asked.
         data: the client's training examples, and those it holds out for evaluation.
         training: how to train.
@@ -166,6 +171,7 @@ def work(
         steps=task.plan.steps,
         training=training,
         penalty=method.penalty,
+        local=method.local or training.local,
         rng=generator(seed, "batches", task.round, client),
     )
     seen = examples_in(task.plan.steps, num_examples=len(data[0]), batch_size=training.batch_size)

@@ -55,6 +55,7 @@ def fedavg() -> Method:
         leave=leave,
         aggregate=aggregate,
         step=step,
+        local=None,
         claims=Claims(
             paper="Zhang et al. (FedIT), arXiv 2305.05644",
             cost="O(R (d_in + d_out))",
