@@ -419,6 +419,21 @@ def test_deadlines_dropouts_and_targets_are_simulated(tiny, tmp_path):
     assert (target.path / "adapter").exists()
 
 
+def test_other_versions_are_remarked_on_when_a_run_is_resumed(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished.path, copy)
+    RunFolder.open(copy).update_info(versions={**finished.info["versions"], "torch": "1.0"})
+    heard = []
+
+    class Listener(anyrank.Observer):
+        def noticed(self, remark):
+            heard.append(remark)
+
+    anyrank.resume(copy, observer=Listener())
+    assert len(heard) == 1
+    assert f"torch 1.0 is now {torch.__version__}" in heard[0]
+
+
 def test_resuming_starts_from_the_checkpoint_and_not_from_the_start(finished, tiny):
     job = prepare(recipe(tiny))
     progress = finished.load(job.spec, job.cohort.fleet)

@@ -48,6 +48,9 @@ class Observer:
     def started(self, job: Job, folder: RunFolder, progress: Progress) -> None:
         """A run (or a compared baseline) begins or continues."""
 
+    def noticed(self, remark: str) -> None:
+        """Something is allowed, but worth knowing."""
+
     def replied(self, reply: Update | Failure) -> None:
         """A client of the running round replied."""
 
@@ -101,9 +104,15 @@ def resume(
     recipe = _extended(folder, values)
     job = prepare(recipe)
     _check_same(job, folder)
+    observer = observer or Observer()
+    now, then = _versions(), folder.info["versions"]
+    if changed := [
+        f"{name} {then.get(name)} is now {version}" for name, version in now.items() if version != then.get(name)
+    ]:
+        observer.noticed(f"{', '.join(changed)}: the result may differ in its last digits from that of an unbroken run")
     folder.update_info(recipe=recipe.model_dump(mode="json"), rounds=job.cohort.rounds)
-    _play(job, folder, observer or Observer())
-    _compare(job, folder, observer or Observer())
+    _play(job, folder, observer)
+    _compare(job, folder, observer)
     return folder
 
 
@@ -224,7 +233,7 @@ def _info(job: Job, command: str) -> dict[str, Any]:
         "recipe": job.recipe.model_dump(mode="json"),
         "rounds": job.cohort.rounds,
         "method": "centralised" if job.recipe.baseline == "centralised" else job.cohort.method,
-        "versions": {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in _VERSIONED},
+        "versions": _versions(),
         "machine": {
             "system": platform.system(),
             "processor": platform.machine(),
@@ -243,6 +252,10 @@ def _info(job: Job, command: str) -> dict[str, Any]:
         "fleet": _described(job.cohort.fleet),
         "modules_to_save": job.model.modules_to_save,
     }
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _VERSIONED}
 
 
 def _described(fleet: Mapping[str, Device]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class LiveObserver(Observer):
             style="bold",
         )
         for remark in job.remarks:
-            self._print(f"note: {remark}")
+            self.noticed(remark)
         played = progress.state.round
         if played == cohort.rounds:
             self._print(f"all {played} rounds are played")
@@ -80,6 +80,10 @@ class LiveObserver(Observer):
         self._rounds = cohort.rounds
         done = progress.state.round * cohort.per_round
         self._bar.reset(self._task, total=cohort.rounds * cohort.per_round, completed=done, description=what)
+
+    def noticed(self, remark: str) -> None:
+        """Print a remark."""
+        self._print(f"note: {remark}")
 
     def replied(self, reply: Update | Failure) -> None:
         """Move the bar."""

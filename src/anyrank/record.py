@@ -85,7 +85,7 @@ class RunFolder:
         if not isinstance(info, dict) or info.get("format") != FORMAT:
             found = info.get("format") if isinstance(info, dict) else "something else"
             raise RecordError(f"{path / 'run.json'} is not a run of format {FORMAT}; it says {found!r}.")
-        missing = {"recipe", "rounds", "method", "machine", "data", "fleet", "modules_to_save"} - set(info)
+        missing = {"recipe", "rounds", "method", "versions", "data", "fleet", "modules_to_save"} - set(info)
         if missing:
             raise RecordError(f"{path / 'run.json'} lacks {', '.join(sorted(missing))}; it is not from anyrank.")
         return cls(path, info)
