@@ -263,7 +263,9 @@ def test_the_options_of_all_commands_and_the_exit_codes_are_documented():
 def test_every_field_of_a_round_and_of_run_json_is_documented():
     page = read(DOCS / "run-folder.md")
     fields = set(re.findall(r"`(\w+)`", "\n".join(row[0] for row in rows(page))))
-    assert fields >= literal_keys("engine.py", "_play") | literal_keys("engine.py", "_evaluate")
+    assert fields >= literal_keys("engine.py", "_play") | literal_keys("engine.py", "_account") | literal_keys(
+        "engine.py", "_evaluate"
+    )
     assert fields >= literal_keys("api.py", "_info")
 
 

@@ -162,19 +162,26 @@ def _play(federation: Federation, progress: Progress) -> Progress:
     record = {
         "round": round,
         **scores,
+        **_account(tasks, inbox, failures),
+        "simulated_seconds": seconds,
+        "target_seconds": reached,
+        "energy": _energy(state),
+    }
+    return Progress(state, fleet, seconds, reached, record)
+
+
+def _account(tasks: Sequence[Task], inbox: Inbox, failures: Sequence[Failure]) -> dict[str, Any]:
+    """What was sent, trained and received in a round, for its record."""
+    return {
         "train_loss": fmean(update.metrics["loss"] for _, update in inbox),
         "bytes_down": sum(nbytes(task.start) for task in tasks),
         "bytes_up": sum(nbytes(update.adapter) for _, update in inbox if update.adapter),
-        "simulated_seconds": seconds,
-        "target_seconds": reached,
         "steps": sum(task.plan.steps for task, _ in inbox),
         "examples": int(sum(update.metrics.get("examples", 0.0) for _, update in inbox)),
         "planned_ranks": {task.plan.client: max(task.plan.ranks.values()) for task in tasks},
         "returned_ranks": {u.client: max(u.adapter.ranks.values()) for _, u in inbox if u.adapter},
-        "energy": _energy(state),
         "rejected": [{"client": f.client, "stage": f.stage, "reason": f.reason} for f in failures],
     }
-    return Progress(state, fleet, seconds, reached, record)
 
 
 def _arrivals(federation: Federation, fleet: Fleet, tasks: Sequence[Task]) -> list[Arrival]:
@@ -191,11 +198,10 @@ def _collect(
 ) -> tuple[list[tuple[Task, Update]], list[Failure]]:
     """Run the tasks that arrive in time; return the valid updates in the order of the tasks, and who failed why."""
     by_client = {task.plan.client: task for task in tasks}
-    outcome = {arrival.client: arrival for arrival in arrivals}
     replies: dict[str, Update | Failure] = {
-        client: Failure(client, by_client[client].round, arrival.outcome, f"after {arrival.seconds:.3g} s")
-        for client, arrival in outcome.items()
-        if arrival.outcome != "in time"
+        late.client: Failure(late.client, by_client[late.client].round, late.outcome, f"after {late.seconds:.3g} s")
+        for late in arrivals
+        if late.outcome != "in time"
     }
     expected = {client: task for client, task in by_client.items() if client not in replies}
     for reply in federation.transport.run(list(expected.values())):
