@@ -7,10 +7,33 @@ import torch
 from hypothesis import strategies as st
 
 from anyrank.adapter import Adapter, LowRank
-from anyrank.federation import Device, Inbox, Layer, Method, Plan, Profile, Spec, State, Task, Update
+from anyrank.federation import (
+    Device,
+    Inbox,
+    Layer,
+    Method,
+    ModelCost,
+    Plan,
+    Profile,
+    Spec,
+    State,
+    Task,
+    Update,
+    make_task,
+)
 from anyrank.seeding import generator
+from anyrank.wire import completed
 
-PROFILE = Profile(forward_flops=1.0, backward_flops=1.0, memory_bytes=1.0, up_bps=1000.0, down_bps=1000.0)
+PROFILE = Profile(forward_flops=1.0, backward_flops=1.0, memory_bytes=1e9, up_bps=1000.0, down_bps=1000.0)
+COST = ModelCost(
+    forward_flops=1,
+    block_backward_flops=0,
+    num_blocks=6,
+    base_bytes=0,
+    block_activation_bytes=0,
+    working_bytes=0,
+    tokens_per_step=1,
+)  # a step takes one second
 
 
 @dataclass(frozen=True)
@@ -50,7 +73,7 @@ def low_rank(*, rank: int, d_in: int, d_out: int, key: Sequence[str | int], dtyp
 def spec_of(setup: Setup) -> Spec:
     layers = tuple(Layer(f"layer {i}", d_in, d_out, i) for i, (d_out, d_in) in enumerate(setup.shapes))
     levels = tuple(sorted({*setup.ranks, setup.server_rank}))
-    return Spec(layers, levels, scale=2.0, seed=setup.seed, start=Adapter({}, {"head": torch.ones(2, 3)}))
+    return Spec(layers, levels, scale=2.0, seed=setup.seed, start=Adapter({}, {"head": torch.ones(2, 3)}), cost=COST)
 
 
 def device(client: str, rank: int, *, num_examples: int = 1) -> Device:
@@ -85,10 +108,7 @@ def state_of(method: Method, setup: Setup, dtype=torch.float32) -> State:
 
 
 def tasks_of(method: Method, setup: Setup, state: State) -> list[Task]:
-    return [
-        Task("train", state.round + 1, plan, method.dispatch(state, plan))
-        for plan in method.assign(state, devices_of(setup))
-    ]
+    return [make_task(method, state, plan) for plan in method.assign(state, devices_of(setup))]
 
 
 def reply(task: Task, adapter: Adapter, *, loss: float = 1.0, num_examples: int = 1) -> Update:
@@ -99,7 +119,12 @@ def inbox_of(method: Method, setup: Setup, state: State, *key: str | int) -> Inb
     """Everyone returns random numbers of the right shapes."""
     dtype = state.adapter.dense["head"].dtype
     return [
-        (task, reply(task, random_adapter(state.spec, task.plan.ranks, task.plan.client, *key, dtype=dtype)))
+        (
+            task,
+            completed(
+                task, reply(task, random_adapter(state.spec, task.plan.ranks, task.plan.client, *key, dtype=dtype))
+            ),
+        )
         for task in tasks_of(method, setup, state)
     ]
 

@@ -24,6 +24,7 @@ from anyrank.allocate import (
 from anyrank.errors import ConfigError
 from anyrank.federation import Device, Layer, Plan, Profile, Spec, State
 from anyrank.seeding import numpy_generator
+from federations import COST
 
 TRIO = [
     Candidate("ann", "phone", 30, 2),
@@ -31,7 +32,7 @@ TRIO = [
     Candidate("cat", "phone", 20, 2),
 ]
 PROFILE = Profile(1.0, 1.0, 1.0, 1.0, 1.0)
-SPEC = Spec((Layer("q", 3, 7, 0), Layer("v", 3, 5, 1)), (2, 8), 2.0, 0, Adapter({}))
+SPEC = Spec((Layer("q", 3, 7, 0), Layer("v", 3, 5, 1)), (2, 8), 2.0, 0, Adapter({}), COST)
 
 SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=12)
 

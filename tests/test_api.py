@@ -370,7 +370,7 @@ def test_check_tells_what_each_device_class_is_asked_for(tiny):
     assert [(d.kind, d.rank, d.clients) for d in demands] == [("weak", 1, 3), ("strong", 40, 3)]
     weak, strong = demands
     assert weak.trainable == 2 * 80 + 66
-    assert weak.message_bytes < strong.message_bytes
+    assert weak.bytes_down == weak.bytes_up < strong.bytes_down == strong.bytes_up
     assert weak.memory_bytes < strong.memory_bytes
     assert "rank 40 is above 32" in remarks[0]
     demands, remarks = anyrank.check(recipe(tiny, "method.name=fedavg"))
@@ -383,8 +383,8 @@ def test_a_client_that_diverges_is_left_out_by_name(tiny, tmp_path, monkeypatch)
 
     original = train.train
 
-    def diverging(model, start, data, **arguments):
-        adapter, loss = original(model, start, data, **arguments)
+    def diverging(*given, **arguments):
+        adapter, loss = original(*given, **arguments)
         return adapter.map(lambda t: t * float("nan")), loss
 
     folder = tmp_path / "some"

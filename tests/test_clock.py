@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyrank.clock import Arrival, Clock, Workload, round_seconds
+from anyrank.clock import Arrival, Change, Clock, Workload, round_seconds
 from anyrank.errors import ConfigError
 from anyrank.federation import Profile
 
@@ -15,7 +15,7 @@ ARRIVALS = st.lists(st.builds(Arrival, st.just("ann"), st.floats(0, 100), OUTCOM
 
 
 def workload(client="ann", compute_seconds=4.0):
-    return Workload(client, compute_seconds, bytes_down=200, bytes_up=30, profile=PROFILE)
+    return Workload(client, "phone", compute_seconds, bytes_down=200, bytes_up=30, profile=PROFILE)
 
 
 def many(count=400):
@@ -33,7 +33,14 @@ def test_a_trip_is_download_compute_and_upload():
 
 def test_a_straggler_computes_slower_but_its_network_does_not():
     slow = Clock(straggler=1.0, slowdown=3.0, seed=0)
-    assert slow.arrivals([workload()], 1) == [Arrival("ann", 2.0 + 12.0 + 3.0, "in time")]
+    assert slow.arrivals([workload()], 1) == [Arrival("ann", 2.0 + 12.0 + 3.0, "in time", 3.0)]
+
+
+def test_a_class_of_devices_can_change_in_the_course_of_a_run():
+    clock = Clock(changes=[Change(3, "phone", 2.0), Change(5, "phone", 0.5), Change(3, "laptop", 9.0)], seed=0)
+    found = [clock.arrivals([workload()], round)[0] for round in (2, 3, 4, 5, 6)]
+    assert [arrival.seconds for arrival in found] == [9.0, 13.0, 13.0, 7.0, 7.0]
+    assert [arrival.slowdown for arrival in found] == [1.0, 2.0, 2.0, 0.5, 0.5]
 
 
 @pytest.mark.parametrize(("deadline", "outcome"), [(8.9, "late"), (9.0, "in time"), (None, "in time")])

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from anyrank import lowrank
 from anyrank.adapter import Adapter, LowRank
-from anyrank.engine import reduce
 from anyrank.federation import Inbox, Layer, Method, Spec, State, Task, Update
 from anyrank.methods import METHODS, proximal, server_optimizer
 from anyrank.seeding import generator
+from anyrank.topology import reduce
 from anyrank.wire import decode, encode
 from federations import (
+    COST,
     Setup,
     assert_close,
     assert_factors_close,
@@ -445,7 +446,7 @@ def trained(method: Method, task: Task, data: tuple[torch.Tensor, torch.Tensor])
 @over(BARE | SERVER | PROXIMAL)
 def test_low_rank_regression_converges(method):
     data = linear_clients()
-    spec = Spec((Layer("w", D_IN, D_OUT, 0),), (1, 2, 4), 1.0, 0, Adapter({}))
+    spec = Spec((Layer("w", D_IN, D_OUT, 0),), (1, 2, 4), 1.0, 0, Adapter({}), COST)
     devices = [device(client, rank) for client, rank in RANKS.items()]
     state, losses = method.init(spec), []
     for round in range(12):

@@ -15,6 +15,7 @@ from anyrank.device import (
     too_small,
     trained_blocks,
     transformer_cost,
+    undisturbed,
 )
 from anyrank.federation import Device, Layer, Plan, Profile
 
@@ -75,7 +76,7 @@ def from_block(lowest, *, layers=LAYERS, rank=2, steps=3):
 
 
 def seconds(plan, profile=SLOW):
-    return compute_seconds(plan, device(profile), model=SMALL, layers=LAYERS)
+    return compute_seconds(plan, undisturbed(profile, SMALL), model=SMALL, layers=LAYERS)
 
 
 def memory(plan, model=SMALL, layers=LAYERS):
@@ -109,7 +110,7 @@ def test_boards_reproduce_the_published_seconds(board, measurement):
     blocks, published = TABLE[board][measurement]
     layers = [Layer(f"{block}.query", 768, 768, block) for block in range(12)]
     plan = from_block(12 - blocks, layers=layers, steps=1)
-    found = compute_seconds(plan, device(PROFILES[board]), model=bert_base(), layers=layers)
+    found = compute_seconds(plan, undisturbed(PROFILES[board], bert_base()), model=bert_base(), layers=layers)
     assert found == pytest.approx(published, rel=0.01)
 
 

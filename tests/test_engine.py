@@ -9,11 +9,12 @@ import torch
 from anyrank import lowrank
 from anyrank.adapter import Adapter
 from anyrank.clock import Clock
-from anyrank.engine import Evaluation, Federation, Progress, rounds, sample
+from anyrank.engine import Evaluation, Federation, Progress, begin, rounds, sample
 from anyrank.errors import RoundFailed
 from anyrank.federation import Device, Failure, Task, Update
 from anyrank.methods import METHODS, server_optimizer
 from anyrank.seeding import generator
+from anyrank.topology import TOPOLOGIES
 from anyrank.train import Score
 from anyrank.wire import nbytes
 from federations import Setup, assert_close, assert_same, device, spec_of
@@ -33,7 +34,7 @@ def moved(task: Task) -> Adapter:
 
 def answer(task: Task) -> Update | Failure:
     client = task.plan.client
-    if task.kind == "evaluate":
+    if task.kind != "train":
         return Update(client, task.round, None, SIZES[client], {"loss": 1.0, "accuracy": RANKS[client] / 4})
     return Update(client, task.round, moved(task), 1, {"loss": float(RANKS[client])})
 
@@ -56,12 +57,16 @@ class Clients:
         return [task.plan.client for task in self.asked if task.kind == "train" and task.round == round]
 
 
+def ranks_of(fleet: Mapping[str, Device]) -> dict[str, int]:
+    return {client: device.rank for client, device in fleet.items()}
+
+
 def federation(clients: Clients | None = None, **changes) -> Federation:
     settings = {
         "method": METHODS["rbla"](),
         "transport": clients or Clients(),
+        "topology": TOPOLOGIES["star"](),
         "clock": Clock(seed=0),
-        "compute_seconds": lambda plan, device: float(plan.steps),
         "score": lambda adapter: Score(loss=1.0, accuracy=float(adapter.num_parameters), num_examples=7),
         "per_round": 4,
         "rounds": 3,
@@ -73,7 +78,7 @@ def federation(clients: Clients | None = None, **changes) -> Federation:
 
 
 def beginning(run: Federation, fleet: Mapping[str, Device] = FLEET) -> Progress:
-    return Progress(run.method.init(SPEC), fleet)
+    return begin(run, run.method.init(SPEC), fleet)
 
 
 def play(run: Federation, start: Progress | None = None) -> list[Progress]:
@@ -123,6 +128,7 @@ def test_the_record_of_a_round():
         "steps": 8,
         "examples": 0,  # the fake clients do not say
         "planned_ranks": RANKS,
+        "planned_blocks": dict.fromkeys(RANKS, 2),
         "returned_ranks": RANKS,
         "rejected": [],
     }
@@ -179,7 +185,8 @@ def test_how_often_is_evaluated_changes_nothing_else():
 def test_a_personal_method_is_scored_client_by_client():
     run = federation(method=METHODS["local_only"](), rounds=1)
     (after,) = play(run)
-    assert after.record["accuracy"] == sum(rank * 18 + 6 for rank in RANKS.values()) / 4
+    assert after.record["accuracy"] == sum(RANKS.values()) / 4 / 4  # what the clients' own models got
+    assert [task.plan.client for task in run.transport.asked if task.kind == "test"] == list(RANKS)
     assert after.record["class_accuracy"] is None
 
 
@@ -388,13 +395,13 @@ def test_a_client_that_pruned_is_planned_at_its_new_rank():
 
 def test_a_rejected_update_does_not_shrink_its_client():
     found = play(federation(Clients({"cat": lambda task: cut(with_nan(task), 1)}), method=METHODS["hetlora"]()))
-    assert found[-1].fleet == FLEET
+    assert ranks_of(found[-1].fleet) == RANKS
 
 
 def test_a_method_that_does_not_prune_refuses_smaller_updates():
     found = play(federation(Clients({"cat": lambda task: cut(answer(task), 1)})))
     assert found[0].record["rejected"][0]["reason"] == "A/layer 0: has rank 1; planned was 4"
-    assert found[-1].fleet == FLEET
+    assert ranks_of(found[-1].fleet) == RANKS
 
 
 def rising(accuracies):
@@ -448,7 +455,7 @@ def test_going_on_from_any_round_is_the_uninterrupted_run(method):
         assert len(rest) == 4 - stop
         for found, expected in zip(rest, whole[stop + 1 :], strict=True):
             assert_equal(found, expected)
-    assert (whole[-1].fleet != FLEET) == method.claims.prunes
+    assert (ranks_of(whole[-1].fleet) != ranks_of(FLEET)) == method.claims.prunes
 
 
 def test_more_rounds_continue_a_finished_run():

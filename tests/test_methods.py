@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from anyrank import lowrank
 from anyrank.adapter import Adapter, LowRank
-from anyrank.engine import reduce
 from anyrank.federation import Layer, Spec, State, Task
 from anyrank.methods import METHODS, describe, proximal, server_optimizer
 from anyrank.seeding import generator
+from anyrank.topology import reduce
 from federations import (
+    COST,
     Setup,
     assert_close,
     assert_factors_close,
@@ -54,7 +55,7 @@ GOLDEN = {
 
 
 def tiny(levels=(1, 2), *, d_in=3, d_out=2, dense=None) -> Spec:
-    return Spec((Layer("q", d_in, d_out, 0),), levels, scale=1.0, seed=0, start=Adapter({}, dense or {}))
+    return Spec((Layer("q", d_in, d_out, 0),), levels, scale=1.0, seed=0, start=Adapter({}, dense or {}), cost=COST)
 
 
 def play(method, state, adapters, weights):
@@ -132,7 +133,7 @@ def test_the_others_train_everyone_at_their_own_rank(name):
 @pytest.mark.parametrize("rank", [1, 3, 5])
 def test_a_given_adapter_is_where_a_run_starts(rank):
     given = low_rank(rank=3, d_in=6, d_out=4, key=("given",))
-    spec = Spec((Layer("q", 6, 4, 0), Layer("v", 3, 4, 0)), (1, rank), 1.0, 0, Adapter({"q": given}))
+    spec = Spec((Layer("q", 6, 4, 0), Layer("v", 3, 4, 0)), (1, rank), 1.0, 0, Adapter({"q": given}), COST)
     state = METHODS["rbla"]().init(spec)
     best = lowrank.svd(given, min(rank, 3), generator("any"))
     assert state.adapter.ranks == {"q": rank, "v": rank}

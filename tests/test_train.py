@@ -1,11 +1,13 @@
 """What a client does: the seams around its optimizer steps, the order of its examples, what it leaves behind."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from anyrank import hf
 from anyrank.adapter import Adapter
-from anyrank.federation import Local, Task
+from anyrank.federation import Task, make_task
 from anyrank.job import load_recipe, prepare
 from anyrank.local import LOCALS
 from anyrank.seeding import generator
@@ -22,21 +24,19 @@ def job(tmp_path_factory):
 
 
 def start(job) -> Adapter:
+    return task_of(job).start
+
+
+def task_of(job, *, steps=3, **changes) -> Task:
     state = job.method.init(job.spec)
-    return job.method.dispatch(state, job.method.assign(state, list(job.cohort.fleet.values()))[0])
+    plan = job.method.assign(state, list(job.cohort.fleet.values()))[0]
+    return make_task(job.method, state, replace(plan, steps=steps, **changes))
 
 
-def trained(job, *, steps=3, local=None, key="order", penalty=None) -> tuple[Adapter, float]:
-    return train(
-        job.model,
-        start(job),
-        job.encoded,
-        steps=steps,
-        training=job.training,
-        penalty=penalty,
-        local=local or job.training.local,
-        rng=generator(key),
-    )
+def trained(job, *, steps=3, local=None, key="order", penalty=None, **changes) -> tuple[Adapter, dict[str, float]]:
+    task = task_of(job, steps=steps, **changes)
+    method = job.method._replace(local=local, penalty=penalty)
+    return train(job.model, task, task.start, job.encoded, training=job.training, method=method, rng=generator(key))
 
 
 def equal(one: Adapter, other: Adapter) -> bool:
@@ -58,17 +58,17 @@ def test_the_hooks_act_before_and_after_each_step(job):
     heard = []
     plain = LOCALS["lora"]()
 
-    def freeze_A(live: Adapter) -> None:
+    def freeze_A(live: Adapter, step: int) -> None:
         heard.append("grad")
         for part in live.layers.values():
             part.A.grad = None
 
-    def clip_B(live: Adapter) -> None:
+    def clip_B(live: Adapter, optimizer, step: int) -> None:
         heard.append("step")
         for part in live.layers.values():
             part.B.clamp_(-1e-3, 1e-3)
 
-    adapter, _ = trained(job, local=Local(plain.optimizer, on_grad=freeze_A, on_step=clip_B))
+    adapter, _ = trained(job, local=plain._replace(on_grad=freeze_A, on_step=clip_B))
     assert heard == ["grad", "step"] * 3
     for name, part in start(job).layers.items():
         assert torch.equal(adapter.layers[name].A, part.A)
@@ -76,20 +76,17 @@ def test_the_hooks_act_before_and_after_each_step(job):
 
 
 def test_a_method_may_bring_its_own_way_of_training(job):
-    still = Local(LOCALS["lora"]().optimizer, on_grad=lambda live: stop(live), on_step=lambda live: None)
-
-    def stop(live: Adapter) -> None:
+    def stop(live: Adapter, step: int) -> None:
         for tensor in live.tensors().values():
             tensor.grad = None
 
-    state = job.method.init(job.spec)
-    plan = job.method.assign(state, list(job.cohort.fleet.values()))[0]
-    task = Task("train", 1, plan, job.method.dispatch(state, plan))
-    data = [job.encoded, job.encoded]
-    update = work(job.model, job.method._replace(local=still), task, data, training=job.training, seed=0)
+    still = LOCALS["lora"]()._replace(on_grad=stop)
+    task, data = task_of(job), {"train": job.encoded}
+    update, kept = work(job.model, job.method._replace(local=still), task, data, training=job.training, seed=0)
+    assert kept is None
     assert update.adapter is not None
     assert equal(update.adapter, task.start)
-    assert update.metrics["examples"] == examples_in(plan.steps, num_examples=len(job.encoded), batch_size=8)
+    assert update.metrics["examples"] == examples_in(task.plan.steps, num_examples=len(job.encoded), batch_size=8)
 
 
 def test_a_penalty_pulls(job):

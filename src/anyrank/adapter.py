@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anyrank.errors import ShapeError
 
-__all__ = ["Adapter", "LowRank"]
+__all__ = ["NOTHING", "Adapter", "LowRank"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,3 +106,7 @@ class Adapter:
             elif not (kind == "B" and f"A/{name}" in flat):
                 raise ShapeError(f"tensor {key!r}: expected 'A/<layer>' with 'B/<layer>', or 'dense/<parameter>'")
         return Adapter(layers, dense)
+
+
+NOTHING = Adapter({})
+"""An adapter that changes nothing and trains nothing."""

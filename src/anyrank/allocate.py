@@ -6,28 +6,37 @@ are drawn once per run and stored, never per round: runs with redrawn ranks cann
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from math import inf
 from typing import Literal
 
 import numpy as np
 
+from anyrank.adapter import Adapter
+from anyrank.device import memory_bytes, reply_seconds
 from anyrank.errors import ConfigError
-from anyrank.federation import Device, Plan, Spec, State
+from anyrank.federation import Device, Inbox, Plan, Spec, State
+from anyrank.seeding import numpy_generator
 
 __all__ = [
     "RANK_POLICIES",
     "Candidate",
+    "at_depth",
     "at_own_rank",
+    "at_random_slots",
     "at_rank",
     "data_size",
     "deal_classes",
+    "due",
+    "fisher",
+    "fisher_scores",
     "listed",
     "ordered",
     "per_class",
     "power_law",
     "ratios",
+    "seconds_by_depth",
 ]
 
 
@@ -248,3 +257,58 @@ def at_rank(spec: Spec, device: Device, rank: int) -> Plan:
 def at_own_rank(state: State, devices: Sequence[Device]) -> list[Plan]:
     """Everyone trains every layer at the rank its device affords."""
     return [at_rank(state.spec, device, device.rank) for device in devices]
+
+
+def at_depth(spec: Spec, device: Device, ranks: Mapping[str, int], depth: int) -> Plan:
+    """A plan that trains the layers of the last `depth` blocks that hold any, each at the rank given for it."""
+    blocks = spec.blocks[len(spec.blocks) - depth :]
+    return Plan(
+        device.client, {layer.name: ranks[layer.name] for layer in spec.layers if layer.block in blocks}, device.steps
+    )
+
+
+def seconds_by_depth(spec: Spec, device: Device, ranks: Mapping[str, int]) -> list[float]:
+    """Seconds until the device should have replied at depth 0, 1, ..., as far as its memory holds what is trained."""
+    dense = sum(tensor.numel() for tensor in spec.start.dense.values())
+    found = []
+    for depth in range(len(spec.blocks) + 1):
+        plan = at_depth(spec, device, ranks, depth)
+        needed = memory_bytes(plan, model=spec.cost, layers=spec.layers, dense_parameters=dense)
+        if depth and needed > device.profile.memory_bytes:
+            break
+        found.append(reply_seconds(plan, device, spec))
+    return found
+
+
+def fisher(live: Adapter) -> dict[str, float]:
+    """For `Method.observe`: the sum of squared gradients of each layer's factors, an empirical Fisher score."""
+    return {
+        f"fisher {name}": sum(float(f.grad.square().sum()) for f in (part.A, part.B) if f.grad is not None)
+        for name, part in live.layers.items()
+    }
+
+
+def fisher_scores(inbox: Inbox, weights: Sequence[float]) -> dict[str, float]:
+    """For each layer, the mean of what clients observed with `fisher`, by step and slot, over those that trained it."""
+    scores, totals = Counter[str](), Counter[str]()
+    for (task, update), weight in zip(inbox, weights, strict=True):
+        for name, rank in task.plan.ranks.items():
+            if (observed := update.metrics.get(f"fisher {name}")) is not None:
+                scores[name] += weight * observed / (task.plan.steps * rank)
+                totals[name] += weight
+    return {name: scores[name] / total for name, total in totals.items() if total > 0}
+
+
+def at_random_slots(state: State, devices: Sequence[Device]) -> list[Plan]:
+    """Everyone trains as many of the server's slots as its device affords, drawn anew in every round."""
+    rank, plans = max(state.spec.levels), []
+    for plan in at_own_rank(state, devices):
+        rng = numpy_generator(state.spec.seed, "slots", state.round, plan.client)
+        drawn = rng.choice(rank, size=plan.rank, replace=False).tolist()
+        plans.append(replace(plan, slots=tuple(sorted(drawn))))
+    return plans
+
+
+def due(round: int, warmup: int, refresh: int) -> bool:
+    """Whether what is worked out from the scores is worked out anew: after the last warm-up round, then every `refresh`."""
+    return round >= warmup and (round - warmup) % refresh == 0

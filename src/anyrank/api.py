@@ -24,17 +24,18 @@ from anyrank import config, data, hf, lowrank
 from anyrank.adapter import Adapter
 from anyrank.clock import Clock
 from anyrank.config import Recipe
-from anyrank.device import compute_seconds, memory_bytes
-from anyrank.engine import Evaluation, Federation, Progress, rounds
+from anyrank.device import compute_seconds, memory_bytes, undisturbed
+from anyrank.engine import Evaluation, Federation, Progress, begin, rounds
 from anyrank.errors import ConfigError, RecordError
-from anyrank.federation import Device, Failure, Plan, Update
+from anyrank.federation import Device, Failure, Plan, Update, make_task
 from anyrank.job import CHOICES, Job, load_recipe, prepare, with_baseline
+from anyrank.memory import Memory
 from anyrank.pretrained import Pretrained
 from anyrank.record import RunFolder
 from anyrank.seeding import generator
 from anyrank.train import evaluate
 from anyrank.transport import InProcess
-from anyrank.wire import nbytes
+from anyrank.wire import bytes_down, nbytes
 
 __all__ = ["Demand", "Observer", "check", "export", "load_recipe", "resume", "run"]
 
@@ -145,35 +146,38 @@ def _check_same(job: Job, folder: RunFolder) -> None:
 
 def _play(job: Job, folder: RunFolder, observer: Observer) -> None:
     progress = folder.load(job.spec, job.cohort.fleet, target=job.recipe.evaluate.target)
-    progress = progress or Progress(job.method.init(job.spec), job.cohort.fleet)
+    federation = _federation(job, folder, observer)
+    progress = progress or begin(federation, job.method.init(job.spec), job.cohort.fleet)
     observer.started(job, folder, progress)
     if progress.state.round < job.cohort.rounds:
         for result in ("adapter", "clients"):  # of a run that is extended: old as soon as it goes on
             shutil.rmtree(folder.path / result, ignore_errors=True)
     with _deterministic():
         began = time.perf_counter()
-        for progress in rounds(_federation(job, observer), progress):  # noqa: B020 - the last one is the result
+        for progress in rounds(federation, progress):  # noqa: B020 - the last one is the result
             folder.save(progress, real_seconds=time.perf_counter() - began)
             observer.finished_round(progress.record)
             began = time.perf_counter()
     _save_adapters(job, folder, progress)
 
 
-def _federation(job: Job, observer: Observer) -> Federation:
+def _federation(job: Job, folder: RunFolder, observer: Observer) -> Federation:
     recipe = job.recipe
     return Federation(
         method=job.method,
+        topology=job.topology,
         transport=InProcess(
             model=job.model,
             method=job.method,
             training=job.training,
             data=job.encoded,
             shards=job.cohort.shards,
+            test=job.test,
             held_out=recipe.data.held_out,
             seed=recipe.seed,
+            memory=Memory(folder.path / "memory"),
         ),
         clock=_clock(recipe),
-        compute_seconds=partial(compute_seconds, model=job.cost, layers=job.spec.layers),
         score=lambda adapter: evaluate(job.model, adapter, job.test, training=job.training),
         per_round=job.cohort.per_round,
         rounds=job.cohort.rounds,
@@ -276,7 +280,7 @@ def _commit() -> str | None:
 def _save_adapters(job: Job, folder: RunFolder, progress: Progress) -> None:
     if not job.method.claims.personal:
         reached = folder.records()[-1]["accuracy"]
-        _save_adapter(folder, folder.path / "adapter", progress.state.adapter, job.base, reached)
+        _save_adapter(folder, folder.path / "adapter", progress.state.whole, job.base, reached)
         return
     for name, adapter in progress.state.extra.items():
         if name.startswith("client "):
@@ -347,7 +351,8 @@ class Demand:
         trainable: parameters trained, the head included.
         memory_bytes: needed, by estimate.
         available_bytes: on the device.
-        message_bytes: down, and again up.
+        bytes_down: to the client.
+        bytes_up: back.
         steps: local steps.
         seconds: simulated, for computing and both transfers.
     """
@@ -358,7 +363,8 @@ class Demand:
     trainable: int
     memory_bytes: int
     available_bytes: float
-    message_bytes: int
+    bytes_down: int
+    bytes_up: int
     steps: int
     seconds: float
 
@@ -374,26 +380,28 @@ def check(recipe: Recipe) -> tuple[list[Demand], list[str]]:
     groups: dict[tuple[str, int], list[tuple[Device, Plan]]] = {}
     for plan in job.method.assign(state, list(job.cohort.fleet.values())):
         device = job.cohort.fleet[plan.client]
-        groups.setdefault((device.kind, max(plan.ranks.values())), []).append((device, plan))
+        groups.setdefault((device.kind, plan.rank), []).append((device, plan))
     demands = []
     for (kind, rank), members in sorted(groups.items(), key=lambda item: item[0][::-1]):
         device, plan = max(members, key=lambda member: member[1].steps)
-        start = job.method.dispatch(state, plan)
-        size = nbytes(start)
-        compute = compute_seconds(plan, device, model=job.cost, layers=job.spec.layers)
+        task = make_task(job.method, state, plan)
+        down, up = bytes_down(task), nbytes(task.start, plan.up)
+        times = undisturbed(device.profile, job.spec.cost)
+        compute = compute_seconds(plan, times, model=job.spec.cost, layers=job.spec.layers)
         demands.append(
             Demand(
                 kind=kind,
                 rank=rank,
                 clients=len(members),
-                trainable=start.num_parameters,
+                trainable=task.start.num_parameters,
                 memory_bytes=memory_bytes(
-                    plan, model=job.cost, layers=job.spec.layers, dense_parameters=job.dense_parameters
+                    plan, model=job.spec.cost, layers=job.spec.layers, dense_parameters=job.dense_parameters
                 ),
                 available_bytes=float(device.profile.memory_bytes),
-                message_bytes=size,
+                bytes_down=down,
+                bytes_up=up,
                 steps=plan.steps,
-                seconds=compute + size / device.profile.down_bps + size / device.profile.up_bps,
+                seconds=compute + down / device.profile.down_bps + up / device.profile.up_bps,
             )
         )
     return demands, job.remarks

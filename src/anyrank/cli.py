@@ -107,7 +107,7 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """List the methods and what they promise."""
-    from anyrank.methods import METHODS, describe
+    from anyrank.methods import METHODS, describe, overview
 
     if name and name not in METHODS:
         raise ConfigError(f"there is no method {name!r}; there are: {', '.join(METHODS)}.")
@@ -119,13 +119,18 @@ def methods(
         for argument, default in described[0]["arguments"].items():
             console.print(f"  method.{argument} = {default}")
     else:
-        table = Table(box=box.SIMPLE)
-        for header in ("method", "paper", "mixed ranks", "exact mean", "averages", "no-op safe"):
-            table.add_column(header, no_wrap=header in ("method", "paper"))
-        for row in described:
-            mixed, exact, safe = ("yes" if row[key] else "" for key in ("mixed_ranks", "exact", "keeps_no_op"))
-            table.add_row(row["name"], row["paper"].rpartition(", ")[2], mixed, exact, row["space"] + "s", safe)
-        console.print(table)
+        head, *rows = overview()
+        promises, costs = (Table(box=box.SIMPLE, padding=(0, 1, 0, 0)) for _ in range(2))
+        for header in head[:8]:
+            promises.add_column(header.replace(" ", "\n"), no_wrap=True)
+        for header in (head[0], *head[8:]):
+            costs.add_column(header, no_wrap=True)
+        for method, paper, *rest in rows:
+            promises.add_row(method, paper.rpartition(", ")[2].removeprefix("arXiv "), *rest[:6])
+            costs.add_row(method, *rest[6:])
+        console.print(promises, costs, sep="")
+        console.print("Papers by arXiv number. Down and up: numbers that travel for each layer; m = d_out, n = d_in, r the")
+        console.print("server's rank, r_k the client's. Server cost for each layer; R is the sum of the clients' ranks.")
 
 
 @app.command()

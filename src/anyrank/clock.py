@@ -13,7 +13,22 @@ from anyrank.errors import ConfigError
 from anyrank.federation import Profile
 from anyrank.seeding import numpy_generator
 
-__all__ = ["Arrival", "Clock", "Workload", "round_seconds"]
+__all__ = ["Arrival", "Change", "Clock", "Workload", "round_seconds"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """From a round on, the devices of a class compute more slowly, or faster again.
+
+    Args:
+        round: the first round.
+        kind: the device class.
+        slowdown: factor on their compute time; below 1 they are faster. It replaces that of an earlier change.
+    """
+
+    round: int
+    kind: str
+    slowdown: float
 
 
 @dataclass(frozen=True)
@@ -22,6 +37,7 @@ class Workload:
 
     Args:
         client: who.
+        kind: its device class.
         compute_seconds: for its local steps, on an undisturbed device.
         bytes_down: what it receives.
         bytes_up: what it sends back.
@@ -29,6 +45,7 @@ class Workload:
     """
 
     client: str
+    kind: str
     compute_seconds: float
     bytes_down: int
     bytes_up: int
@@ -43,11 +60,13 @@ class Arrival:
         client: who.
         seconds: from the start of the round until its reply is there, or would have been.
         outcome: `in time`, `late` (after the deadline) or `dropped` (never).
+        slowdown: by which its compute time was longer than on an undisturbed device.
     """
 
     client: str
     seconds: float
     outcome: Literal["in time", "late", "dropped"]
+    slowdown: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +78,7 @@ class Clock:
         dropout: probability that a sampled client vanishes in a round.
         straggler: probability that a client is slow in a round.
         slowdown: factor on a slow client's compute time.
+        changes: of device classes in the course of the run.
         seed: the run's.
 
     Raises:
@@ -69,6 +89,7 @@ class Clock:
     dropout: float = 0.0
     straggler: float = 0.0
     slowdown: float = 4.0
+    changes: Sequence[Change] = ()
     seed: int
 
     def __post_init__(self):
@@ -84,6 +105,11 @@ class Clock:
             problems.append(f"straggler: expected a probability from 0 to 1, got {self.straggler}")
         if not 1 <= self.slowdown < inf:
             problems.append(f"slowdown: expected a factor of at least 1, got {self.slowdown}")
+        problems += [
+            f"changes: from round {change.round}: expected a slowdown above 0, got {change.slowdown}"
+            for change in self.changes
+            if not 0 < change.slowdown < inf
+        ]
         if problems:
             raise ConfigError(problems)
 
@@ -94,13 +120,17 @@ class Clock:
     def _arrival(self, workload: Workload, round: int) -> Arrival:
         # Both numbers are always drawn: a change of one probability must not change who the other one hits.
         drop, slow = numpy_generator(self.seed, "clock", round, workload.client).random(2)
-        compute = workload.compute_seconds * (self.slowdown if slow < self.straggler else 1.0)
+        slowdown = self._changed(workload.kind, round) * (self.slowdown if slow < self.straggler else 1.0)
         down = workload.bytes_down / workload.profile.down_bps
-        seconds = down + compute + workload.bytes_up / workload.profile.up_bps
+        seconds = down + workload.compute_seconds * slowdown + workload.bytes_up / workload.profile.up_bps
         if drop < self.dropout:
-            return Arrival(workload.client, seconds, "dropped")
+            return Arrival(workload.client, seconds, "dropped", slowdown)
         late = self.deadline is not None and seconds > self.deadline
-        return Arrival(workload.client, seconds, "late" if late else "in time")
+        return Arrival(workload.client, seconds, "late" if late else "in time", slowdown)
+
+    def _changed(self, kind: str, round: int) -> float:
+        past = [change for change in self.changes if change.kind == kind and change.round <= round]
+        return max(past, key=lambda change: change.round).slowdown if past else 1.0
 
 
 def round_seconds(arrivals: Sequence[Arrival], deadline: float | None) -> float:

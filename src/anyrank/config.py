@@ -1,8 +1,8 @@
 """Recipes: TOML files with overrides, checked as a whole before anything is loaded.
 
 Unknown keys are errors. All problems of a recipe are reported at once. A table that chooses something by `name` (`method`,
-`local`, `partition`, `ranks`) accepts as further keys the keyword-only arguments of the chosen function: its signature is
-its schema.
+`local`, `partition`, `ranks`, `topology`) accepts as further keys the keyword-only arguments of the chosen function: the
+function's signature is the table's schema.
 """
 
 import inspect
@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
+from anyrank.clock import Change
 from anyrank.errors import ConfigError
 from anyrank.federation import Profile
 
@@ -106,6 +107,7 @@ class ClockTable(_Table):
     dropout: Share = 0.0
     straggler: Annotated[float, Field(ge=0, le=1)] = 0.0
     slowdown: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 4.0
+    changes: list[Change] = []
 
 
 class EvaluateTable(_Table):
@@ -124,7 +126,7 @@ class EvaluateTable(_Table):
 
 
 class Recipe(_Table):
-    """A whole run. `method`, `local`, `partition` and `ranks` hold a `name` and the chosen function's arguments."""
+    """A whole run. `method`, `local`, `partition`, `ranks` and `topology` hold a `name` and that function's arguments."""
 
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
     rounds: Count
@@ -137,6 +139,7 @@ class Recipe(_Table):
     partition: dict[str, Any]
     ranks: dict[str, Any] = {"name": "per_class"}
     local: dict[str, Any] = {"name": "lora"}
+    topology: dict[str, Any] = {"name": "star"}
     lora: LoraTable = LoraTable()
     train: TrainTable = TrainTable()
     server: ServerTable = ServerTable()
@@ -152,7 +155,7 @@ def load(file: Path, overrides: Mapping[str, Any], choices: Choices) -> Recipe:
     Args:
         file: the recipe.
         overrides: values by dotted key, as `parse_overrides` returns them.
-        choices: for `method`, `partition` and `ranks`, the functions that a `name` can choose.
+        choices: for each table that chooses by name, the functions that it can choose.
 
     Raises:
         ConfigError: with all problems.

@@ -6,45 +6,22 @@ bytes sent.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 
-from anyrank.federation import Device, Layer, Plan, Profile
+from anyrank.federation import Device, Layer, ModelCost, Plan, Profile, Spec, Times
 
 __all__ = [
     "PROFILES",
-    "ModelCost",
     "compute_seconds",
     "memory_bytes",
+    "reply_seconds",
     "too_small",
     "trained_blocks",
     "transformer_cost",
+    "undisturbed",
 ]
 
 _FLOAT = 4  # bytes of a float32
-
-
-@dataclass(frozen=True)
-class ModelCost:
-    """What one local step of a model costs at the recipe's batch size and length.
-
-    Args:
-        forward_flops: floating-point operations of the whole forward pass.
-        block_backward_flops: those of the backward pass through one block whose weights are frozen.
-        num_blocks: transformer blocks of the model.
-        base_bytes: size of the frozen weights.
-        block_activation_bytes: what each trained block keeps for its backward pass, inputs of adapters apart.
-        working_bytes: what a step needs for a moment only, whatever the depth.
-        tokens_per_step: examples times tokens; every adapter keeps that many rows of its input.
-    """
-
-    forward_flops: int
-    block_backward_flops: int
-    num_blocks: int
-    base_bytes: int
-    block_activation_bytes: int
-    working_bytes: int
-    tokens_per_step: int
 
 
 def transformer_cost(
@@ -153,19 +130,44 @@ def trained_blocks(plan: Plan, layers: Sequence[Layer], *, num_blocks: int) -> i
     return num_blocks - min((layer.block for layer in layers if layer.name in plan.ranks), default=num_blocks)
 
 
-def compute_seconds(plan: Plan, device: Device, *, model: ModelCost, layers: Sequence[Layer]) -> float:
+def undisturbed(profile: Profile, model: ModelCost) -> Times:
+    """What one would measure of a device that nothing slows down."""
+    return Times(
+        forward=model.forward_flops / profile.forward_flops,
+        backward=model.block_backward_flops / profile.backward_flops,
+        up=1 / profile.up_bps,
+    )
+
+
+def compute_seconds(plan: Plan, times: Times, *, model: ModelCost, layers: Sequence[Layer]) -> float:
     """Seconds that a plan's local steps take.
 
     Args:
         plan: what is trained, for how many steps.
-        device: where.
+        times: of the device.
         model: what a step costs.
         layers: the run's adapted layers.
     """
     blocks = trained_blocks(plan, layers, num_blocks=model.num_blocks)
-    forward = model.forward_flops / device.profile.forward_flops
-    backward = blocks * model.block_backward_flops / device.profile.backward_flops
-    return plan.steps * (forward + backward)
+    return plan.steps * (times.forward + blocks * times.backward)
+
+
+def reply_seconds(plan: Plan, device: Device, spec: Spec) -> float:
+    """Seconds that a device should take for a plan's local steps and for sending the result, `steps (f + k mu) + up bytes`.
+
+    Args:
+        plan: what is trained and sent.
+        device: with what was measured of it; before its first reply, its profile counts.
+        spec: of the run.
+    """
+    times = device.times or undisturbed(device.profile, spec.cost)
+    planned = [layer for layer in spec.layers if layer.name in plan.ranks]
+    sent = _parameters(planned, plan) + sum(tensor.numel() for tensor in spec.start.dense.values())
+    return compute_seconds(plan, times, model=spec.cost, layers=spec.layers) + times.up * _FLOAT * sent
+
+
+def _parameters(planned: Sequence[Layer], plan: Plan) -> int:
+    return sum(plan.ranks[layer.name] * (layer.d_in + layer.d_out) for layer in planned)
 
 
 def _adapter_input_bytes(planned: Sequence[Layer], plan: Plan, model: ModelCost) -> int:
@@ -190,7 +192,7 @@ def memory_bytes(plan: Plan, *, model: ModelCost, layers: Sequence[Layer], dense
     """
     planned = [layer for layer in layers if layer.name in plan.ranks]
     blocks = trained_blocks(plan, layers, num_blocks=model.num_blocks)
-    trained = dense_parameters + sum(plan.ranks[layer.name] * (layer.d_in + layer.d_out) for layer in planned)
+    trained = dense_parameters + _parameters(planned, plan)
     activations = blocks * model.block_activation_bytes + _adapter_input_bytes(planned, plan, model)
     optimizer = 4 * _FLOAT * trained  # value, gradient and AdamW's two moments
     return model.base_bytes + model.working_bytes + activations + optimizer
@@ -219,13 +221,13 @@ def too_small(
     for plan, needed in zip(plans, needs, strict=True):
         device = fleet[plan.client]
         if needed > device.profile.memory_bytes:
-            groups.setdefault((device.kind, max(plan.ranks.values(), default=0)), []).append((plan, needed))
+            groups.setdefault((device.kind, plan.rank), []).append((plan, needed))
     return [_does_not_fit([fleet[plan.client] for plan, _ in group], *group[0]) for group in groups.values()]
 
 
 def _does_not_fit(devices: Sequence[Device], plan: Plan, needed: int) -> str:
     """Say by how much a plan exceeds the devices of a class, and what can be done."""
-    rank = max(plan.ranks.values(), default=0)
+    rank = plan.rank
     device = devices[0]
     names = ", ".join(repr(each.client) for each in devices[:5]) + ", ..." * (len(devices) > 5)
     return (

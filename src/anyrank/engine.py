@@ -1,7 +1,7 @@
 """The one round loop. It knows no method by name: it moves tasks out, updates in, and the state one round on.
 
-sample -> assign -> dispatch -> clock (who drops out or is late is not trained) -> transport -> sort, validate
-       -> aggregate, dense tensors, server step -> evaluate -> Progress
+sample -> topology (assign, dispatch -> ask -> aggregate, dense tensors, server step) -> evaluate -> Progress
+ask:   clock (who drops out or is late is not trained) -> transport -> sort, validate
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,20 +9,21 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean, pstdev
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from anyrank import lowrank
-from anyrank.adapter import Adapter
+from anyrank.adapter import Adapter, LowRank
 from anyrank.clock import Arrival, Clock, Workload, round_seconds
+from anyrank.device import compute_seconds, undisturbed
 from anyrank.errors import RoundFailed, UpdateRejected
-from anyrank.federation import Device, Failure, Inbox, Method, Plan, State, Task, Update
+from anyrank.federation import Device, Failure, Method, Plan, State, Task, Times, Update, make_task
 from anyrank.seeding import numpy_generator
+from anyrank.topology import Asked, Topology
 from anyrank.train import Score
 from anyrank.transport import Transport
-from anyrank.wire import check_norms, check_update, nbytes
+from anyrank.wire import bytes_down, bytes_up, check_norms, check_update, completed, nbytes
 
-__all__ = ["Evaluation", "Federation", "Progress", "reduce", "rounds", "sample"]
+__all__ = ["Evaluation", "Federation", "Progress", "begin", "rounds", "sample"]
+
+_RHO = 0.8  # weight of the past in the moving averages of a device's times
 
 Fleet = Mapping[str, Device]
 
@@ -50,9 +51,9 @@ class Federation:
 
     Args:
         method: what is computed.
+        topology: who averages with whom.
         transport: how tasks reach clients.
         clock: simulated deadlines, dropouts and stragglers.
-        compute_seconds: simulated seconds of a plan's local steps on a device.
         score: scores an adapter on the server's test set.
         per_round: clients sampled in a round.
         rounds: how many rounds the run has.
@@ -63,9 +64,9 @@ class Federation:
     """
 
     method: Method
+    topology: Topology
     transport: Transport
     clock: Clock
-    compute_seconds: Callable[[Plan, Device], float]
     score: Callable[[Adapter], Score]
     per_round: int
     rounds: int
@@ -80,8 +81,9 @@ class Progress:
     """All that the next round depends on, and the record of the last one.
 
     Args:
-        state: the method's state.
-        fleet: devices by client, with the ranks they have now.
+        state: the method's state; without a server, the mean of the peers'.
+        fleet: devices by client, as the server knows them now.
+        peers: without a server, each client's own state.
         seconds: the virtual clock.
         target_seconds: what it showed when the target accuracy was reached, if it was.
         record: the last round as a flat JSON object; empty before the first.
@@ -89,9 +91,15 @@ class Progress:
 
     state: State
     fleet: Fleet
+    peers: Mapping[str, State] = field(default_factory=dict)
     seconds: float = 0.0
     target_seconds: float | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
+
+
+def begin(federation: Federation, state: State, fleet: Fleet) -> Progress:
+    """Before the first round; without a server all peers start alike."""
+    return Progress(state, fleet, dict.fromkeys(fleet, state) if federation.topology.peers else {})
 
 
 def rounds(federation: Federation, progress: Progress) -> Iterator[Progress]:
@@ -114,83 +122,126 @@ def sample(fleet: Fleet, *, per_round: int, seed: int, round: int) -> list[Devic
     return [devices[i] for i in sorted(chosen)]
 
 
-def reduce(method: Method, state: State, inbox: Inbox, weights: Sequence[float]) -> State:
-    """One aggregation: the method's layers, the mean of the dense tensors, the server's step."""
-    aggregated = method.aggregate(state, inbox, weights)
-    dense = _mean_dense(state, inbox, weights)
-    return method.step(state, aggregated.with_adapter(Adapter(aggregated.adapter.layers, dense)))
-
-
-def _mean_dense(state: State, inbox: Inbox, weights: Sequence[float]) -> dict[str, Tensor]:
-    mean = dict(state.adapter.dense)
-    for name in mean:
-        held = [
-            (update.adapter.dense[name], weight)
-            for (_, update), weight in zip(inbox, weights, strict=True)
-            if update.adapter and name in update.adapter.dense
-        ]
-        if held:
-            total = sum(weight for _, weight in held)
-            mean[name] = torch.stack([tensor * (weight / total) for tensor, weight in held]).sum(dim=0)
-    return mean
-
-
 def _play(federation: Federation, progress: Progress) -> Progress:
-    method, state = federation.method, progress.state
-    round = state.round + 1
-    sampled = sample(progress.fleet, per_round=federation.per_round, seed=federation.seed, round=round)
-    tasks = [Task("train", round, plan, method.dispatch(state, plan)) for plan in method.assign(state, sampled)]
-    arrivals = _arrivals(federation, progress.fleet, tasks)
-    inbox, failures = _collect(federation, tasks, arrivals)
-    if not inbox:
-        reasons = "; ".join(f"{f.client} ({f.stage}: {f.reason})" for f in failures)
+    number = progress.state.round + 1
+    sampled = sample(progress.fleet, per_round=federation.per_round, seed=federation.seed, round=number)
+    round = _Round(federation, progress)
+    state, peers, took = federation.topology.play(federation.method, progress.state, progress.peers, sampled, round)
+    if not round.inbox:
+        reasons = "; ".join(f"{f.client} ({f.stage}: {f.reason})" for f in round.failures)
         raise RoundFailed(
-            f"round {round}: none of {len(tasks)} clients returned a valid update: {reasons}. Resuming would play the same "
-            "round again; start a new run with other settings (learning rate, deadline, dropout) or another seed."
+            f"round {number}: none of {len(round.tasks)} clients returned a valid update: {reasons}. Resuming would play "
+            "the same round again; start a new run with other settings (learning rate, deadline, dropout) or another seed."
         )
-
-    asked = sum(progress.fleet[task.plan.client].num_examples for task in tasks)
-    weights = [progress.fleet[update.client].num_examples / asked for _, update in inbox]
-    state = replace(reduce(method, state, inbox, weights), round=round)
-    fleet = {**progress.fleet, **_shrunk(progress.fleet, inbox)} if method.claims.prunes else progress.fleet
-    seconds = progress.seconds + round_seconds(arrivals, federation.clock.deadline)
-    scores = _evaluate(federation, state, [fleet[device.client] for device in sampled], fleet)
+    fleet = {**progress.fleet, **round.learned()}
+    seconds = progress.seconds + took
+    after = Progress(state, fleet, peers, seconds, progress.target_seconds)
+    scores = _evaluate(federation, after, [fleet[device.client] for device in sampled])
     target = federation.evaluation.target
-    reached = progress.target_seconds
-    if reached is None and target is not None and (scores["accuracy"] or 0.0) >= target:
-        reached = seconds
+    if after.target_seconds is None and target is not None and (scores["accuracy"] or 0.0) >= target:
+        after = replace(after, target_seconds=seconds)
     record = {
-        "round": round,
+        "round": number,
         **scores,
-        **_account(tasks, inbox, failures),
+        **round.account(),
         "simulated_seconds": seconds,
-        "target_seconds": reached,
+        "target_seconds": after.target_seconds,
         "energy": _energy(state),
     }
-    return Progress(state, fleet, seconds, reached, record)
+    return replace(after, record=record)
 
 
-def _account(tasks: Sequence[Task], inbox: Inbox, failures: Sequence[Failure]) -> dict[str, Any]:
-    """What was sent, trained and received in a round, for its record."""
-    return {
-        "train_loss": fmean(update.metrics["loss"] for _, update in inbox),
-        "bytes_down": sum(nbytes(task.start) for task in tasks),
-        "bytes_up": sum(nbytes(update.adapter) for _, update in inbox if update.adapter),
-        "steps": sum(task.plan.steps for task, _ in inbox),
-        "examples": int(sum(update.metrics.get("examples", 0.0) for _, update in inbox)),
-        "planned_ranks": {task.plan.client: max(task.plan.ranks.values()) for task in tasks},
-        "returned_ranks": {u.client: max(u.adapter.ranks.values()) for _, u in inbox if u.adapter},
-        "rejected": [{"client": f.client, "stage": f.stage, "reason": f.reason} for f in failures],
-    }
+# --- asking clients -----------------------------------------------------------------------------------------------
 
 
-def _arrivals(federation: Federation, fleet: Fleet, tasks: Sequence[Task]) -> list[Arrival]:
-    workloads = []
-    for task in tasks:
-        device, size = fleet[task.plan.client], nbytes(task.start)
-        compute = federation.compute_seconds(task.plan, device)
-        workloads.append(Workload(device.client, compute, size, size, device.profile))
-    return federation.clock.arrivals(workloads, tasks[0].round) if tasks else []
+class _Round:
+    """One round's exchanges with clients: carries them out, and keeps the books."""
+
+    def __init__(self, federation: Federation, progress: Progress):
+        self.federation, self.fleet, self.spec = federation, progress.fleet, progress.state.spec
+        self.number, self.seed = progress.state.round + 1, federation.seed
+        self.tasks: list[Task] = []
+        self.inbox: list[tuple[Task, Update]] = []
+        self.failures: list[Failure] = []
+        self.arrivals: list[Arrival] = []
+        self.bytes_down = self.bytes_up = 0
+
+    def ask(self, tasks: Sequence[Task], *, copies: Mapping[str, int] | None = None) -> Asked:
+        """Have tasks carried out, and account for them."""
+        arrivals = self._arrivals(tasks, copies)
+        inbox, failures = _collect(self.federation, tasks, arrivals)
+        down = sum(bytes_down(task) for task in tasks) if copies is None else 0
+        up = sum(bytes_up(task, update) * (1 if copies is None else copies[update.client]) for task, update in inbox)
+        self.carry(down if copies is None else up, up)
+        self.tasks += tasks
+        self.inbox += inbox
+        self.failures += failures
+        self.arrivals += arrivals
+        examples = {task.plan.client: self.fleet[task.plan.client].num_examples for task in tasks}
+        weights = [examples[update.client] / sum(examples.values()) for _, update in inbox]
+        return Asked(inbox, weights, round_seconds(arrivals, self.federation.clock.deadline))
+
+    def carry(self, down: int, up: int) -> None:
+        """Account for bytes that travel besides those of the clients' tasks."""
+        self.bytes_down += down
+        self.bytes_up += up
+
+    def held(self, client: str) -> int:
+        """The newest fold that a client holds."""
+        return self.fleet[client].folds
+
+    def _arrivals(self, tasks: Sequence[Task], copies: Mapping[str, int] | None) -> list[Arrival]:
+        workloads = []
+        for task in tasks:
+            device = self.fleet[task.plan.client]
+            up = nbytes(task.start, task.plan.up)
+            down = bytes_down(task)
+            if copies is not None:  # a peer sends to its neighbours, and hears from as many
+                down = up = up * copies[device.client]
+            times = undisturbed(device.profile, self.spec.cost)
+            seconds = compute_seconds(task.plan, times, model=self.spec.cost, layers=self.spec.layers)
+            workloads.append(Workload(device.client, device.kind, seconds, down, up, device.profile))
+        return self.federation.clock.arrivals(workloads, self.number) if tasks else []
+
+    def learned(self) -> dict[str, Device]:
+        """What the round taught about the devices: ranks that shrank, folds they now hold, measured times."""
+        fleet = {}
+        for task, update in self.inbox:
+            device = fleet.get(update.client, self.fleet[update.client])
+            if self.federation.method.claims.prunes and update.adapter:
+                device = replace(device, rank=max(update.adapter.ranks.values()))
+            if task.folds:
+                device = replace(device, folds=task.folds[-1].number)
+            fleet[update.client] = device
+        for arrival in self.arrivals:
+            if arrival.outcome != "dropped":
+                device = fleet.get(arrival.client, self.fleet[arrival.client])
+                fleet[arrival.client] = replace(device, times=self._measured(device, arrival.slowdown))
+        return fleet
+
+    def _measured(self, device: Device, slowdown: float) -> Times:
+        now = undisturbed(device.profile, self.spec.cost)
+        now = Times(now.forward * slowdown, now.backward * slowdown, now.up)
+        past = device.times
+        if past is None:
+            return now
+        mean = [_RHO * old + (1 - _RHO) * new for old, new in zip(vars(past).values(), vars(now).values(), strict=True)]
+        return Times(*mean)
+
+    def account(self) -> dict[str, Any]:
+        """What was sent, trained and received, for the round's record."""
+        blocks = {layer.name: layer.block for layer in self.spec.layers}
+        return {
+            "train_loss": fmean(update.metrics["loss"] for _, update in self.inbox),
+            "bytes_down": self.bytes_down,
+            "bytes_up": self.bytes_up,
+            "steps": sum(task.plan.steps for task, _ in self.inbox),
+            "examples": int(sum(update.metrics.get("examples", 0.0) for _, update in self.inbox)),
+            "planned_ranks": {task.plan.client: task.plan.rank for task in self.tasks},
+            "planned_blocks": {t.plan.client: len({blocks[name] for name in t.plan.ranks}) for t in self.tasks},
+            "returned_ranks": {u.client: max(u.adapter.ranks.values(), default=0) for _, u in self.inbox if u.adapter},
+            "rejected": [{"client": f.client, "stage": f.stage, "reason": f.reason} for f in self.failures],
+        }
 
 
 def _collect(
@@ -226,63 +277,80 @@ def _checked(method: Method, task: Task, reply: Update | Failure) -> Update | Fa
         check_update(task, reply, may_prune=method.claims.prunes)
     except UpdateRejected as error:
         return _rejection(task, error)
-    return reply
+    return completed(task, reply)
 
 
 def _rejection(task: Task, error: UpdateRejected) -> Failure:
     return Failure(error.client, task.round, "rejected", f"{error.tensor}: {error.reason}")
 
 
-def _shrunk(fleet: Fleet, inbox: Inbox) -> dict[str, Device]:
-    """A client that came back smaller than planned is planned at that size from now on."""
-    return {
-        update.client: replace(fleet[update.client], rank=max(update.adapter.ranks.values()))
-        for _, update in inbox
-        if update.adapter
-    }
+# --- scores -------------------------------------------------------------------------------------------------------
 
 
-def _evaluate(federation: Federation, state: State, members: Sequence[Device], fleet: Fleet) -> dict[str, Any]:
-    plan, method = federation.evaluation, federation.method
+def _evaluate(federation: Federation, progress: Progress, members: Sequence[Device]) -> dict[str, Any]:
+    plan, method, state, fleet = federation.evaluation, federation.method, progress.state, progress.fleet
     last = state.round == federation.rounds
     if not last and state.round % plan.every:
         return {"accuracy": None, "loss": None, "class_accuracy": None, "federated": None}
-    scores = [
-        federation.score(adapter) for adapter in _judged(method, state, list(fleet.values()) if last else members)
-    ]
-    accuracy = fmean(score.accuracy for score in scores)
-    if plan.stop_at_target and plan.target is not None and accuracy >= plan.target:
+    scores = _judge(federation, progress, list(fleet.values()) if last else members)
+    accuracy = fmean(score.accuracy for score in scores) if scores else None
+    if plan.stop_at_target and plan.target is not None and (accuracy or 0.0) >= plan.target:
         last = True
     by_class = None
-    if not method.claims.personal and (last or plan.classes == "always"):
-        by_class = _class_accuracy(federation, state, list(fleet.values()), accuracy)
-    plans = method.assign(state, list(fleet.values()) if last else members)
-    tasks = [Task("evaluate", state.round, each, method.dispatch(state, each)) for each in plans]
+    if not (method.claims.personal or progress.peers) and (last or plan.classes == "always"):
+        by_class = _class_accuracy(federation, state, list(fleet.values()), scores[0].accuracy)
+    tasks = _evaluations(method, progress, list(fleet.values()) if last else members, "evaluate")
     return {
         "accuracy": accuracy,
-        "loss": fmean(score.loss for score in scores),
+        "loss": fmean(score.loss for score in scores) if scores else None,
         "class_accuracy": by_class,
         "federated": _federated(federation, tasks),
     }
 
 
-def _judged(method: Method, state: State, devices: Sequence[Device]) -> list[Adapter]:
-    """What the server's test set is put to: the global adapter, or each of the clients' own."""
-    if method.claims.personal:
-        return [method.dispatch(state, plan) for plan in method.assign(state, devices)]
-    return [state.adapter]
+def _evaluations(
+    method: Method, progress: Progress, devices: Sequence[Device], kind: Literal["evaluate", "test"]
+) -> list[Task]:
+    own = [(progress.peers[device.client], [device]) for device in devices] if progress.peers else []
+    asked = own or [(progress.state, devices)]
+    return [make_task(method, state, plan, kind=kind) for state, some in asked for plan in method.assign(state, some)]
+
+
+def _judge(federation: Federation, progress: Progress, devices: Sequence[Device]) -> list[Score]:
+    """How the server's test set is answered: by the global adapter, by each peer, or by each client's own model.
+
+    Clients' own models are scored where they are, which only a simulation can ask for.
+    """
+    if federation.method.claims.personal:
+        replies = federation.transport.run(_evaluations(federation.method, progress, devices, "test"))
+        return [
+            Score(reply.metrics["loss"], reply.metrics["accuracy"], reply.num_examples)
+            for reply in replies
+            if isinstance(reply, Update)
+        ]
+    if progress.peers:
+        return [federation.score(progress.peers[device.client].whole) for device in devices]
+    return [federation.score(progress.state.whole)]
 
 
 def _class_accuracy(federation: Federation, state: State, fleet: Sequence[Device], whole: float) -> dict[str, float]:
     """Accuracy of what clients of each rank are sent, by rank; at the full rank that is the whole adapter's."""
     one_of_each = {device.rank: device for device in sorted(fleet, key=lambda device: device.rank)}
-    plans = {max(p.ranks.values()): p for p in federation.method.assign(state, list(one_of_each.values()))}
-    return {
-        str(rank): whole
-        if plan.ranks == state.adapter.ranks
-        else federation.score(federation.method.dispatch(state, plan)).accuracy
-        for rank, plan in plans.items()
-    }
+    accuracy = {}
+    for device in one_of_each.values():
+        for plan in federation.method.assign(state, [device]):
+            at_full_rank = plan.ranks == state.adapter.ranks and plan.scale == 1
+            accuracy[str(plan.rank)] = (
+                whole if at_full_rank else federation.score(_applied(federation.method, state, plan)).accuracy
+            )
+    return accuracy
+
+
+def _applied(method: Method, state: State, plan: Plan) -> Adapter:
+    """All that a client applies, as one adapter."""
+    task = make_task(method, state, plan, kind="test")
+    start = Adapter({name: LowRank(part.A, part.B * plan.scale) for name, part in task.start.layers.items()})
+    return Adapter(lowrank.together([start, task.applied]).layers, task.start.dense)
 
 
 def _federated(federation: Federation, tasks: Sequence[Task]) -> dict[str, float] | None:
@@ -303,10 +371,12 @@ def _federated(federation: Federation, tasks: Sequence[Task]) -> dict[str, float
 
 def _energy(state: State) -> dict[str, float]:
     """Share of the global product's squared singular values in the bands between consecutive class ranks."""
+    if not state.adapter.layers:
+        return {}
     levels = [level for level in state.spec.levels if level <= max(state.adapter.ranks.values())]
     bounds = list(zip([0, *levels[:-1]], levels, strict=True))
     bands = dict.fromkeys([f"{low + 1}-{high}" for low, high in bounds], 0.0)
-    for part in state.adapter.layers.values():
+    for part in state.whole.layers.values():
         squares = lowrank.singular_values(part).double().square()
         for band, (low, high) in zip(bands, bounds, strict=True):
             bands[band] += float(squares[low:high].sum())

@@ -3,33 +3,44 @@
 A round reads: the engine samples devices, `Method.assign` gives each a `Plan`, `Method.dispatch` turns a plan into the
 adapter that is sent, the transport turns the resulting `Task` into an `Update`, and `Method.aggregate` turns the round's
 inbox of (task, update) pairs into the next `State`.
+
+Tasks and updates are whole in memory: whatever the other side has already, or can work out from the seed, is in them too.
+`Plan.down`, `Plan.up` and `Task.held` say what of it travels; `wire` leaves out and counts accordingly.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.optim import Optimizer
 
 from anyrank import lowrank
-from anyrank.adapter import Adapter, LowRank
+from anyrank.adapter import NOTHING, Adapter, LowRank
 
 __all__ = [
     "Claims",
     "Device",
+    "Factors",
     "Failure",
+    "Fold",
     "Inbox",
     "Layer",
     "Local",
     "Method",
+    "ModelCost",
     "Plan",
     "Profile",
     "Spec",
     "State",
     "Task",
+    "Times",
     "Update",
+    "make_task",
 ]
+
+Factors = Literal["AB", "A", "B", ""]
+Topology = Literal["star", "hierarchy", "ring", "gossip"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,29 @@ class Layer:
     block: int
 
 
+@dataclass(frozen=True)
+class ModelCost:
+    """What one local step of a model costs at the recipe's batch size and length.
+
+    Args:
+        forward_flops: floating-point operations of the whole forward pass.
+        block_backward_flops: those of the backward pass through one block whose weights are frozen.
+        num_blocks: transformer blocks of the model.
+        base_bytes: size of the frozen weights.
+        block_activation_bytes: what each trained block keeps for its backward pass, inputs of adapters apart.
+        working_bytes: what a step needs for a moment only, whatever the depth.
+        tokens_per_step: examples times tokens; every adapter keeps that many rows of its input.
+    """
+
+    forward_flops: int
+    block_backward_flops: int
+    num_blocks: int
+    base_bytes: int
+    block_activation_bytes: int
+    working_bytes: int
+    tokens_per_step: int
+
+
 @dataclass(frozen=True, eq=False)
 class Spec:
     """What is fixed for a whole run.
@@ -59,6 +93,7 @@ class Spec:
         scale: the factor in front of every product `B A`, the same for all clients and ranks.
         seed: every random number of the run is a function of it.
         start: the adapter to start from at any rank (its dense tensors are the head's first values), or one without layers.
+        cost: what a local step costs, for methods that plan by time or memory.
     """
 
     layers: tuple[Layer, ...]
@@ -66,6 +101,12 @@ class Spec:
     scale: float
     seed: int
     start: Adapter
+    cost: ModelCost
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks that hold an adapted layer, from input to output."""
+        return tuple(sorted({layer.block for layer in self.layers}))
 
 
 @dataclass(frozen=True)
@@ -88,6 +129,21 @@ class Profile:
 
 
 @dataclass(frozen=True)
+class Times:
+    """What the server has measured of a device: moving averages over the rounds in which it replied.
+
+    Args:
+        forward: seconds of a step that do not depend on depth.
+        backward: seconds of a step for each trained block.
+        up: seconds to send a byte.
+    """
+
+    forward: float
+    backward: float
+    up: float
+
+
+@dataclass(frozen=True)
 class Device:
     """One client as the server knows it.
 
@@ -98,6 +154,9 @@ class Device:
         rank: the rank it can afford; shrinks when the client prunes.
         num_examples: its training examples; the weight of its update.
         steps: local steps that the recipe asks of it each round.
+        labels: how many of its examples have each label; empty where it does not tell.
+        times: what was measured of it; None before its first reply.
+        folds: number of the newest fold that it holds.
     """
 
     client: str
@@ -106,15 +165,55 @@ class Device:
     rank: int
     num_examples: int
     steps: int
+    labels: tuple[int, ...] = ()
+    times: Times | None = None
+    folds: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one client is asked to hold and train in one round: the rank of each layer, and how many local steps."""
+    """What one client is asked to hold and train in one round.
+
+    Args:
+        client: who.
+        ranks: rank by layer; a layer that is absent is not trained, which is what a smaller depth means.
+        steps: local steps.
+        slots: which of the server's slots these are, the same in every layer; None for the first ones.
+        scale: a factor on the run's scale in this client's forward pass.
+        train: the factors that are trained.
+        down: the factors that travel to the client; the others it has, or draws from the seed.
+        up: the factors that travel back; the others are what they were in the task.
+        group: its edge in a hierarchy; None leaves that to the topology.
+        repeats: how often its edge asks it in a round.
+    """
 
     client: str
     ranks: Mapping[str, int]
     steps: int
+    slots: tuple[int, ...] | None = None
+    scale: float = 1.0
+    train: Factors = "AB"
+    down: Factors = "AB"
+    up: Factors = "AB"
+    group: str | None = None
+    repeats: int = 1
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its layers."""
+        return max(self.ranks.values(), default=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """A product that has become part of the base model. Folds are numbered from 1.
+
+    A client that holds folds up to a number needs those after it. If that number is below the first fold's in the state, it
+    starts again from the base model as published: the folds before were compressed into that first one.
+    """
+
+    number: int
+    adapter: Adapter
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,16 +221,30 @@ class Task:
     """A plan with the adapter to start from: the message from server to client.
 
     Args:
-        kind: `train`, or `evaluate` (on the client's held-out part; nothing is trained).
+        kind: `train`; `evaluate` (on the client's held-out part; nothing is trained); `test` (the same on the server's test
+            set, in simulation).
         round: number of the round, from 1.
         plan: what was asked.
         start: the adapter as the client receives it.
+        frozen: an adapter that the client applies besides and does not train.
+        folds: all products that are part of the base model.
+        held: the client has the folds up to this number.
+        phase: counts the tasks that a client gets in one round, from 0.
     """
 
-    kind: Literal["train", "evaluate"]
+    kind: Literal["train", "evaluate", "test"]
     round: int
     plan: Plan
     start: Adapter
+    frozen: Adapter = NOTHING
+    folds: tuple[Fold, ...] = ()
+    held: int = 0
+    phase: int = 0
+
+    @property
+    def applied(self) -> Adapter:
+        """Everything that is applied and not trained: the frozen adapter and the folds, as one."""
+        return lowrank.together([self.frozen, *(fold.adapter for fold in self.folds)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,8 +255,8 @@ class Update:
         client: who replies.
         round: the task's round.
         adapter: the trained adapter; None after an evaluation.
-        num_examples: of the client: its training examples, or the held-out ones after an evaluation.
-        metrics: plain numbers, such as the mean training `loss`.
+        num_examples: of the client: its training examples, or those it was scored on.
+        metrics: plain numbers, such as the mean training `loss`, and what `Method.observe` sums up.
     """
 
     client: str
@@ -174,18 +287,35 @@ class State:
         spec: the run's constants.
         adapter: the global adapter.
         round: rounds finished.
+        folds: products that have become part of the base model.
         extra: adapters that a method needs to remember, by name.
+        notes: numbers and text that a method needs to remember, by name; anything JSON holds.
     """
 
     spec: Spec
     adapter: Adapter
     round: int = 0
+    folds: tuple[Fold, ...] = ()
     extra: Mapping[str, Adapter] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> Adapter:
+        """The adapter and all folds as one: what the federation has learned."""
+        if not self.folds:
+            return self.adapter
+        together = lowrank.together([self.adapter, *(fold.adapter for fold in self.folds)])
+        return Adapter(together.layers, self.adapter.dense)
 
     def prefix(self, ranks: Mapping[str, int]) -> Adapter:
         """The first slots of each planned layer, as many as `ranks` says, with the global dense tensors."""
         layers = {name: lowrank.truncate(self.adapter.layers[name], rank) for name, rank in ranks.items()}
         return Adapter(layers, self.adapter.dense)
+
+    def rest(self, ranks: Mapping[str, int]) -> Adapter:
+        """What `prefix` leaves: the slots above, and the layers that are not planned."""
+        layers = {name: lowrank.tail(part, ranks.get(name, 0)) for name, part in self.adapter.layers.items()}
+        return Adapter({name: part for name, part in layers.items() if part.rank})
 
     def holders(
         self, inbox: Inbox, weights: Sequence[float]
@@ -209,6 +339,24 @@ class State:
         """The state with another global adapter."""
         return replace(self, adapter=adapter)
 
+    def with_fold(self, layers: Mapping[str, LowRank]) -> "State":
+        """The state with one more product in the base model.
+
+        Folds are kept apart until together they have more slots than a layer has dimensions. Then they are compressed into
+        one, exactly but for rounding.
+        """
+        number = self.folds[-1].number + 1 if self.folds else 1
+        folds = (*self.folds, Fold(number, Adapter(layers)))
+        together = lowrank.together([fold.adapter for fold in folds]).layers
+        if any(part.rank > min(part.A.shape[1], part.B.shape[0]) for part in together.values()):
+            compact = {name: lowrank.compact(part) for name, part in together.items()}
+            folds = (Fold(number, Adapter(compact)),)
+        return replace(self, folds=folds)
+
+    def with_notes(self, **notes: Any) -> "State":
+        """The state with these remembered notes added or replaced."""
+        return replace(self, notes={**self.notes, **notes})
+
     def with_extra(self, extra: Mapping[str, Adapter]) -> "State":
         """The state with these remembered adapters added or replaced."""
         return replace(self, extra={**self.extra, **extra})
@@ -221,37 +369,62 @@ class Claims(NamedTuple):
         paper: authors, title, arXiv number.
         cost: of the server's step per layer; `r_k` client ranks, `R` their sum.
         space: `factor` (A and B are averaged apart) or `product` (B A is averaged).
-        exact: before truncation, the aggregate is the weighted mean of the clients' products.
+        down: numbers that travel to a client, per layer; `r_k` its rank, `r` the server's, `m` = d_out, `n` = d_in.
+        up: numbers that travel back.
+        exact: before truncation, the aggregate with its new fold is the weighted mean of the clients' products.
         mixed_ranks: clients may have different ranks.
+        mixed_depths: the method gives clients different layers to train.
+        folds: products are added to the base model.
         keeps_uncovered: slots that no client of the round holds keep the server's value.
         keeps_no_op: a round in which clients return what they received changes nothing, at any mix of ranks.
         prunes: clients may return a smaller rank than planned, and keep it.
-        personal: there is no global adapter; every client has its own.
+        personal: there is no global adapter; every client has its own, or a part of its own.
+        change: the aggregate adds what clients changed, so that weights that sum to less than one make a smaller step.
+        topologies: those in which it works.
+        needs: why it does not work in the others.
     """
 
     paper: str
     cost: str
     space: Literal["factor", "product"]
+    down: str = "(m + n) r_k"
+    up: str = "(m + n) r_k"
     exact: bool = False
     mixed_ranks: bool = True
+    mixed_depths: bool = False
+    folds: bool = False
     keeps_uncovered: bool = False
     keeps_no_op: bool = False
     prunes: bool = False
     personal: bool = False
+    change: bool = False
+    topologies: tuple[Topology, ...] = ("star", "hierarchy", "ring", "gossip")
+    needs: str = ""
 
 
 class Local(NamedTuple):
-    """How a client trains: the optimizer, and what happens around its steps. The hooks act in place on the live adapter.
+    """How a client trains. The hooks around a step act in place on the live adapter, whose tensors the optimizer moves.
 
     Attributes:
-        optimizer: from the trained tensors, the learning rate and the weight decay, a fresh optimizer.
-        on_grad: after each backward pass, before the optimizer's step; may change gradients.
-        on_step: after each step; may change the parameters.
+        optimizer: from the live adapter, the learning rate and the weight decay, a fresh optimizer of those of its tensors
+            that require a gradient.
+        on_grad: after each backward pass, before the optimizer's step `step` (from 0); may change gradients.
+        on_step: after each step; may change the parameters and the optimizer's memory of them.
+        enter: from the adapter that was received, the one whose tensors are trained.
+        form: from the live adapter, at every step, the factors that the forward pass uses; may draw random numbers. None
+            where those are the trained tensors themselves.
+        leave: from the trained adapter, the one to send; the inverse of `enter`.
+        weights: what the forward pass makes of the factors: `lora` adds their product; `dora` adds it and rescales the rows
+            of the sum; `whole` has none, the adapted layers' own weights are trained.
     """
 
-    optimizer: Callable[[Sequence[Tensor], float, float], Optimizer]
-    on_grad: Callable[[Adapter], None]
-    on_step: Callable[[Adapter], None]
+    optimizer: Callable[[Adapter, float, float], Optimizer]
+    on_grad: Callable[[Adapter, int], None]
+    on_step: Callable[[Adapter, Optimizer, int], None]
+    enter: Callable[[Adapter], Adapter]
+    form: Callable[[Adapter, Generator], Adapter] | None
+    leave: Callable[[Adapter], Adapter]
+    weights: Literal["lora", "dora", "whole"] = "lora"
 
 
 class Method(NamedTuple):
@@ -261,8 +434,13 @@ class Method(NamedTuple):
         init: the state before the first round.
         assign: who of the sampled devices holds what; a device without a plan sits the round out.
         dispatch: the adapter a client starts from, with exactly the plan's ranks.
+        frozen: what a client applies besides and does not train; None where that is nothing.
+        enter: on the client, before training: from the adapter received and what it kept from its last round (None the first
+            time), the adapter to start from.
         penalty: on the client, a term added to the loss, from the adapter now and as received; a scalar.
+        observe: on the client, after each backward pass: numbers by name, which are summed over the steps and sent along.
         leave: on the client, after training: from the adapter now and as received, the adapter to send.
+        keep: on the client, after training: what it keeps for itself until its next round; never sent.
         aggregate: the reducer: the inbox's layers, weighted, become the next state's. Weights are the members' shares;
             they sum to one over all who were asked. Dense tensors are averaged by the engine, the round is counted there.
         step: what the server makes of the state before and the aggregate (server learning rate, momentum).
@@ -273,9 +451,37 @@ class Method(NamedTuple):
     init: Callable[[Spec], State]
     assign: Callable[[State, Sequence[Device]], list[Plan]]
     dispatch: Callable[[State, Plan], Adapter]
+    frozen: Callable[[State, Plan], Adapter] | None
+    enter: Callable[[Adapter, Adapter | None], Adapter] | None
     penalty: Callable[[Adapter, Adapter], Tensor] | None
+    observe: Callable[[Adapter], Mapping[str, float]] | None
     leave: Callable[[Adapter, Adapter], Adapter]
+    keep: Callable[[Adapter], Adapter] | None
     aggregate: Callable[[State, Inbox, Sequence[float]], State]
     step: Callable[[State, State], State]
     local: Local | None
     claims: Claims
+
+
+def make_task(
+    method: Method,
+    state: State,
+    plan: Plan,
+    *,
+    kind: Literal["train", "evaluate", "test"] = "train",
+    held: int = 0,
+    phase: int = 0,
+) -> Task:
+    """The task that a plan becomes in the round after `state`; an evaluation belongs to the round before.
+
+    Args:
+        method: says what is sent.
+        state: of the server, edge or peer that asks.
+        plan: what is asked.
+        kind: of the task.
+        held: number of the newest fold that the client holds.
+        phase: counts a client's tasks within a round.
+    """
+    round = state.round + (kind == "train")
+    frozen = method.frozen(state, plan) if method.frozen else NOTHING
+    return Task(kind, round, plan, method.dispatch(state, plan), frozen, state.folds, held, phase)

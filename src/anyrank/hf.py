@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,21 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from anyrank.adapter import Adapter, LowRank
-from anyrank.device import ModelCost, transformer_cost
+from anyrank.adapter import NOTHING, Adapter, LowRank
+from anyrank.device import transformer_cost
 from anyrank.errors import ConfigError
-from anyrank.federation import Layer
+from anyrank.federation import Factors, Layer, ModelCost
 from anyrank.pretrained import Pretrained
 from anyrank.seeding import seed_of
 
 __all__ = ["AdaptedModel", "load_classifier", "load_tokenizer", "read_adapter", "write_adapter"]
 
-_NAME = "default"
+_NAME, _FROZEN = "default", "frozen"  # what is trained, and what is only applied
 _PREFIX = "base_model.model."
 _INNER = ("intermediate_size", "hidden_dim", "ffn_dim", "n_inner")  # the width of a feed-forward layer, by model family
+_LINEAR = (nn.Linear, Conv1D)  # the second is GPT-2's: a linear layer whose weight is stored transposed
 _HEADS = ("classifier", "score")  # what transformers calls the head of a sequence classifier
 
 
@@ -110,6 +113,8 @@ class AdaptedModel:
         ConfigError: target modules that match nothing, or something that is not a linear layer.
     """
 
+    model: Any
+
     def __init__(
         self,
         model: nn.Module,
@@ -121,42 +126,63 @@ class AdaptedModel:
         """Inject LoRA, freeze the rest."""
         self.modules_to_save = sorted({*_heads(model), *modules_to_save})
         names = _targets(model, target_modules, self.modules_to_save)
-        config = peft.LoraConfig(r=1, lora_alpha=1, target_modules=names)
+        config = peft.LoraConfig(r=1, lora_alpha=scale, target_modules=names)  # pyright: ignore[reportArgumentType]
         with torch.random.fork_rng(devices=[]):  # PEFT draws first values, which `load` replaces
-            self.model: Any = peft.inject_adapter_in_model(config, model).requires_grad_(False).eval()
-        self._lora = {name: self._lora_module(name, scale) for name in names}
+            model = peft.inject_adapter_in_model(config, model, adapter_name=_NAME)
+            with warnings.catch_warnings():  # PEFT remarks on a second adapter, which is what we want
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                model = peft.inject_adapter_in_model(config, model, adapter_name=_FROZEN)
+        self.model = model.requires_grad_(False).eval()
+        self._scale = scale
+        self._lora = {name: self.model.get_submodule(name) for name in names}
         self._dense = {name: p.requires_grad_(True) for name, p in _saved(self.model, self.modules_to_save)}
         self.layers = tuple(
-            Layer(name, module.base_layer.in_features, module.base_layer.out_features, block)
+            Layer(name, module.in_features, module.out_features, block)
             for (name, module), block in zip(self._lora.items(), _blocks(names), strict=True)
         )
-
-    def _lora_module(self, name: str, scale: float) -> Any:
-        module = self.model.get_submodule(name)
-        module.scaling[_NAME] = scale
-        return module
 
     @property
     def dense(self) -> dict[str, Tensor]:
         """Copies of the tensors trained whole."""
         return {name: tensor.detach().clone() for name, tensor in self._dense.items()}
 
-    def load(self, adapter: Adapter) -> Adapter:
+    def load(
+        self, adapter: Adapter, *, frozen: Adapter = NOTHING, scale: float = 1.0, train: Factors = "AB"
+    ) -> Adapter:
         """Put an adapter into the model and return the live parameters, to be trained in place.
 
-        Layers that the adapter lacks are switched off: the base alone answers there, and backward does not enter them.
+        Layers that neither adapter has are switched off: the base alone answers there, and backward does not enter them.
+
+        Args:
+            adapter: what can be trained.
+            frozen: what is applied besides.
+            scale: a factor on the run's scale, for `adapter` alone.
+            train: the factors that require a gradient.
         """
         for name, module in self._lora.items():
-            part = adapter.layers.get(name)
-            module.set_adapter([_NAME] if part else [])
+            part, fixed = adapter.layers.get(name), frozen.layers.get(name)
+            module.set_adapter([_NAME] * bool(part) + [_FROZEN] * bool(fixed))
+            module.scaling[_NAME] = self._scale * scale
             if part:
-                module.lora_A[_NAME].weight = nn.Parameter(part.A.clone())
-                module.lora_B[_NAME].weight = nn.Parameter(part.B.clone())
+                self._put(module, _NAME, part, train)
+            if fixed:
+                self._put(module, _FROZEN, fixed, "")
         with torch.no_grad():
             for name, parameter in self._dense.items():
                 parameter.copy_(adapter.dense[name])
                 parameter.grad = None
         return self.live(adapter.layers)
+
+    def _put(self, module: Any, adapter: str, part: LowRank, train: Factors) -> None:
+        module.lora_A[adapter].weight = nn.Parameter(part.A.clone(), requires_grad="A" in train)
+        module.lora_B[adapter].weight = nn.Parameter(part.B.clone(), requires_grad="B" in train)
+
+    def form(self, layers: Mapping[str, LowRank]) -> None:
+        """Have the next forward pass use these factors, which may be computed from others that are trained."""
+        for name, part in layers.items():
+            for linear, factor in ((self._lora[name].lora_A, part.A), (self._lora[name].lora_B, part.B)):
+                linear[_NAME]._parameters.pop("weight", None)
+                linear[_NAME].weight = factor
 
     def live(self, layers: Mapping[str, LowRank]) -> Adapter:
         """The model's own parameters for these layers, as an adapter."""
@@ -177,7 +203,7 @@ class AdaptedModel:
         blocks = 1 + max(_block_of(name) or 0 for name, _ in self.model.named_parameters())
         inside, outside = 0, 0
         for name, module in self.model.named_modules():
-            if isinstance(module, nn.Linear) and "lora_" not in name:
+            if isinstance(module, _LINEAR) and "lora_" not in name:
                 size = module.weight.numel()
                 inside, outside = (inside + size, outside) if _block_of(name) is not None else (inside, outside + size)
         return transformer_cost(
@@ -198,7 +224,7 @@ def _targets(model: Any, wanted: Sequence[str] | None, saved: Sequence[str]) -> 
     linear = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not any(name == owner or name.startswith(owner + ".") for owner in saved)
+        if isinstance(module, _LINEAR) and not any(name == owner or name.startswith(owner + ".") for owner in saved)
     ]
     if wanted is None:
         defaults = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING

@@ -17,7 +17,7 @@ from anyrank.adapter import Adapter
 from anyrank.allocate import RANK_POLICIES, Candidate, deal_classes, ordered
 from anyrank.baselines import BASELINES, Cohort
 from anyrank.config import Baseline, Choices, Recipe
-from anyrank.device import PROFILES, ModelCost, too_small
+from anyrank.device import PROFILES, too_small
 from anyrank.errors import ConfigError
 from anyrank.federation import Device, Method, Profile, Spec
 from anyrank.hf import AdaptedModel
@@ -25,12 +25,19 @@ from anyrank.local import LOCALS
 from anyrank.methods import METHODS, proximal, server_optimizer
 from anyrank.pretrained import Pretrained, resolve
 from anyrank.seeding import numpy_generator
+from anyrank.topology import TOPOLOGIES, Topology, check_topology
 from anyrank.train import Training
 
 __all__ = ["CHOICES", "QUICKSTART", "Job", "load_recipe", "prepare", "with_baseline"]
 
 QUICKSTART = Path(__file__).with_name("quickstart.toml")
-CHOICES: Choices = {"method": METHODS, "local": LOCALS, "partition": data.PARTITIONS, "ranks": RANK_POLICIES}
+CHOICES: Choices = {
+    "method": METHODS,
+    "local": LOCALS,
+    "partition": data.PARTITIONS,
+    "ranks": RANK_POLICIES,
+    "topology": TOPOLOGIES,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +55,7 @@ class Job:
         cohort: who takes part.
         spec: the run's constants.
         method: the method, with proximal term and server optimizer around it.
-        cost: what a local step costs.
+        topology: who averages with whom.
     """
 
     recipe: Recipe
@@ -61,7 +68,7 @@ class Job:
     cohort: Cohort
     spec: Spec
     method: Method
-    cost: ModelCost
+    topology: Topology
 
     @property
     def dense_parameters(self) -> int:
@@ -120,9 +127,10 @@ def prepare(recipe: Recipe) -> Job:
         batch_size=recipe.train.batch_size,
         collate=_Collate(DataCollatorWithPadding(tokenizer)),
     )
-    cohort = _cohort(recipe, _fleet(recipe, shards), shards)
+    cohort = _cohort(recipe, _fleet(recipe, examples, shards), shards)
     levels = tuple(sorted({device.rank for device in cohort.fleet.values()}))
-    spec = Spec(model.layers, levels, recipe.lora.scale, recipe.seed, start)
+    cost = model.cost(batch_size=recipe.train.batch_size, tokens=recipe.data.max_length)
+    spec = Spec(model.layers, levels, recipe.lora.scale, recipe.seed, start, cost)
     job = Job(
         recipe=recipe,
         base=base,
@@ -134,7 +142,7 @@ def prepare(recipe: Recipe) -> Job:
         cohort=cohort,
         spec=spec,
         method=_method(recipe, cohort),
-        cost=model.cost(batch_size=recipe.train.batch_size, tokens=recipe.data.max_length),
+        topology=_topology(recipe, cohort),
     )
     _check_ranks(job)
     return job
@@ -223,19 +231,30 @@ def _check_start(folder: str, start: Adapter, model: AdaptedModel) -> None:
         raise ConfigError(problems)
 
 
-def _fleet(recipe: Recipe, shards: Mapping[str, np.ndarray]) -> dict[str, Device]:
+def _fleet(recipe: Recipe, examples: data.Labelled, shards: Mapping[str, np.ndarray]) -> dict[str, Device]:
     """Deal device classes and ranks to the clients."""
     profiles = _profiles(recipe)
     classes = recipe.fleet.classes
     kinds = deal_classes(
         list(shards), {name: c.share for name, c in classes.items()}, numpy_generator(recipe.seed, "classes")
     )
-    sizes = {client: len(_kept(recipe, client, shard)) for client, shard in shards.items()}
+    kept = {client: _kept(recipe, client, shard) for client, shard in shards.items()}
+    sizes = {client: len(rows) for client, rows in kept.items()}
     candidates = [Candidate(c, kinds[c], sizes[c], classes[kinds[c]].rank) for c in shards]
     policy = RANK_POLICIES[recipe.ranks["name"]]
     ranks = policy(candidates, numpy_generator(recipe.seed, "ranks"), **_arguments(recipe.ranks))
     ranks = ordered(ranks, sizes, order=recipe.fleet.rank_order)
-    return {c: Device(c, kinds[c], profiles[kinds[c]], ranks[c], sizes[c], _steps(recipe, sizes[c])) for c in shards}
+    return {
+        c: Device(
+            c, kinds[c], profiles[kinds[c]], ranks[c], sizes[c], _steps(recipe, sizes[c]), _labels(examples, kept[c])
+        )
+        for c in shards
+    }
+
+
+def _labels(examples: data.Labelled, rows: np.ndarray) -> tuple[int, ...]:
+    """How many of these training examples have each label."""
+    return tuple(np.bincount(examples.train["label"][rows], minlength=len(examples.label_names)).tolist())
 
 
 def _profiles(recipe: Recipe) -> dict[str, Profile]:
@@ -293,6 +312,13 @@ def _method(recipe: Recipe, cohort: Cohort) -> Method:
     return method
 
 
+def _topology(recipe: Recipe, cohort: Cohort) -> Topology:
+    if recipe.baseline == "centralised":
+        return TOPOLOGIES["star"]()
+    check_topology(cohort.method, METHODS[cohort.method]().claims, recipe.topology["name"])
+    return TOPOLOGIES[recipe.topology["name"]](**_arguments(recipe.topology))
+
+
 def _check_ranks(job: Job) -> None:
     largest = job.spec.levels[-1]
     narrowest = min(job.spec.layers, key=lambda layer: max(layer.d_in, layer.d_out))
@@ -306,7 +332,7 @@ def _check_ranks(job: Job) -> None:
     devices = list(job.cohort.fleet.values())
     plans = job.method.assign(job.method.init(job.spec), devices)
     if sentences := too_small(
-        plans, devices, model=job.cost, layers=job.spec.layers, dense_parameters=job.dense_parameters
+        plans, devices, model=job.spec.cost, layers=job.spec.layers, dense_parameters=job.dense_parameters
     ):
         raise ConfigError(sentences)
 
@@ -320,7 +346,7 @@ def with_baseline(job: Job, baseline: Baseline, examples: int) -> Job:
         examples: how many training examples the federated run went through.
     """
     recipe = job.recipe.model_copy(update={"baseline": baseline, "compare": []})
-    cohort = _cohort(recipe, _fleet(recipe, job.cohort.shards), job.cohort.shards, examples)
+    cohort = _cohort(recipe, _fleet(recipe, job.examples, job.cohort.shards), job.cohort.shards, examples)
     levels = tuple(sorted({device.rank for device in cohort.fleet.values()}))
     return replace(
         job,
@@ -328,4 +354,5 @@ def with_baseline(job: Job, baseline: Baseline, examples: int) -> Job:
         cohort=cohort,
         spec=replace(job.spec, levels=levels),
         method=_method(recipe, cohort),
+        topology=_topology(recipe, cohort),
     )

@@ -9,9 +9,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from anyrank.adapter import LowRank
+from anyrank.adapter import Adapter, LowRank
 
-__all__ = ["by_slot", "fresh", "norm", "padded_mean", "resize", "singular_values", "stack", "svd", "truncate"]
+__all__ = [
+    "by_slot",
+    "compact",
+    "fresh",
+    "norm",
+    "pad",
+    "padded_mean",
+    "resize",
+    "singular_values",
+    "slot_shares",
+    "stack",
+    "svd",
+    "tail",
+    "take",
+    "together",
+    "truncate",
+]
 
 
 def fresh(rank: int, *, d_in: int, d_out: int, rng: torch.Generator) -> LowRank:
@@ -24,6 +40,30 @@ def fresh(rank: int, *, d_in: int, d_out: int, rng: torch.Generator) -> LowRank:
 def truncate(part: LowRank, rank: int) -> LowRank:
     """The first `rank` slots (all of them when there are fewer)."""
     return LowRank(part.A[:rank], part.B[:, :rank])
+
+
+def tail(part: LowRank, rank: int) -> LowRank:
+    """The slots from `rank` on: what `truncate` leaves out."""
+    return LowRank(part.A[rank:], part.B[:, rank:])
+
+
+def take(part: LowRank, slots: Sequence[int]) -> LowRank:
+    """Some of the slots, in the order named."""
+    return LowRank(part.A[list(slots)], part.B[:, list(slots)])
+
+
+def pad(part: LowRank, rank: int, slots: Sequence[int] | None = None) -> LowRank:
+    """The same product at a larger rank, filled up with zero slots.
+
+    Args:
+        part: factors of rank `r <= rank`.
+        rank: slots of the result.
+        slots: where the part's slots go; None for the first ones.
+    """
+    at = list(range(part.rank) if slots is None else slots)
+    A, B = part.A.new_zeros(rank, part.A.shape[1]), part.B.new_zeros(part.B.shape[0], rank)
+    A[at], B[:, at] = part.A, part.B
+    return LowRank(A, B)
 
 
 def resize(part: LowRank, rank: int, rng: torch.Generator) -> LowRank:
@@ -40,48 +80,87 @@ def stack(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     return LowRank(torch.cat([part.A for part in parts]), B)
 
 
+def together(adapters: Sequence[Adapter]) -> Adapter:
+    """One adapter whose products are the sums of the given ones', exactly. It has no dense tensors."""
+    parts: dict[str, list[LowRank]] = {}
+    for adapter in adapters:
+        for name, part in adapter.layers.items():
+            parts.setdefault(name, []).append(part)
+    return Adapter({name: stack(some, [1.0] * len(some)) if some[1:] else some[0] for name, some in parts.items()})
+
+
 def norm(part: LowRank) -> Float[Tensor, ""]:
     """Frobenius norm of the product, from `||B A||^2 = <B^T B, A A^T>`; `O(r^2 (d_in + d_out))`."""
     A, B = part.A.double(), part.B.double()
     return ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt().to(part.A.dtype)
 
 
-def padded_mean(parts: Sequence[LowRank], weights: Sequence[float], previous: LowRank) -> LowRank:
+Slots = Sequence[Sequence[int] | None]
+
+
+def padded_mean(
+    parts: Sequence[LowRank], weights: Sequence[float], previous: LowRank, slots: Slots | None = None
+) -> LowRank:
     """Mean of the factors, each padded with zero slots to the rank of `previous`: `A = sum_k w_k pad(A_k) / sum_k w_k`.
 
     Slots that no part holds keep their value in `previous`.
+
+    Args:
+        parts: `[r_k, d_in]` and `[d_out, r_k]` each.
+        weights: one for each part; they are divided by their sum.
+        previous: the value so far.
+        slots: for each part the slots of `previous` that it holds; None for the first ones.
     """
-    A, B, owned = _slot_sums(parts, weights, previous)
-    return _keep_uncovered(LowRank(A, B), owned, previous)
+    total = sum(weights)
+    shares = [
+        torch.full((part.rank,), weight / total, dtype=torch.float64)
+        for part, weight in zip(parts, weights, strict=True)
+    ]
+    return _mean(parts, shares, previous, slots)
 
 
-def by_slot(parts: Sequence[LowRank], weights: Sequence[float], previous: LowRank) -> LowRank:
+def by_slot(
+    parts: Sequence[LowRank], weights: Sequence[float], previous: LowRank, slots: Slots | None = None
+) -> LowRank:
     """Mean of each slot over the parts that hold it: `A[j] = sum_{k: r_k > j} w_k A_k[j] / sum_{k: r_k > j} w_k`.
 
-    Slots that no part holds keep their value in `previous`.
+    Slots that no part holds keep their value in `previous`. Arguments as of `padded_mean`.
     """
-    A, B, owned = _slot_sums(parts, weights, previous)
-    share = owned.clamp(min=torch.finfo(owned.dtype).tiny)
-    return _keep_uncovered(LowRank(A / share[:, None], B / share), owned, previous)
+    return _mean(parts, slot_shares(parts, weights, previous, slots), previous, slots)
 
 
-def _slot_sums(parts: Sequence[LowRank], weights: Sequence[float], previous: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+def slot_shares(
+    parts: Sequence[LowRank], weights: Sequence[float], previous: LowRank, slots: Slots | None = None
+) -> list[Float[Tensor, " r"]]:
+    """For each part, its share of the weight of each of its slots: `w_k / sum_{i holds j} w_i`, `[r_k]`.
+
+    Arguments as of `padded_mean`.
+    """
+    places = _places(parts, slots)
+    owned = torch.zeros(previous.rank, dtype=torch.float64)
+    for at, weight in zip(places, weights, strict=True):
+        owned[at] += weight
+    # A weight of zero in a slot that nobody else holds leaves that slot uncovered.
+    owned = owned.clamp(min=torch.finfo(owned.dtype).tiny)
+    return [weight / owned[at] for at, weight in zip(places, weights, strict=True)]
+
+
+def _places(parts: Sequence[LowRank], slots: Slots | None) -> list[list[int]]:
+    given = slots or [None] * len(parts)
+    return [list(range(part.rank) if at is None else at) for part, at in zip(parts, given, strict=True)]
+
+
+def _mean(parts: Sequence[LowRank], shares: Sequence[Tensor], previous: LowRank, slots: Slots | None) -> LowRank:
+    """`A[j] = sum_k share_k[j] A_k[j]`, and the same of B; slots without a share keep their value in `previous`."""
     # Sums are taken in at least float32: in bfloat16 the thousandth term of a mean is lost.
     dtype = torch.promote_types(previous.A.dtype, torch.float32)
     A, B = torch.zeros_like(previous.A, dtype=dtype), torch.zeros_like(previous.B, dtype=dtype)
-    owned = A.new_zeros(previous.rank)
-    total = sum(weights)
-    for part, weight in zip(parts, weights, strict=True):
-        share = weight / total
-        A[: part.rank] += share * part.A.to(dtype)
-        B[:, : part.rank] += share * part.B.to(dtype)
-        owned[: part.rank] += share
-    return A, B, owned
-
-
-def _keep_uncovered(mean: LowRank, owned: Tensor, previous: LowRank) -> LowRank:
-    covered = owned > 0
-    A, B = mean.A.to(previous.A), mean.B.to(previous.B)
+    covered = torch.zeros(previous.rank, dtype=torch.bool)
+    for part, share, at in zip(parts, shares, _places(parts, slots), strict=True):
+        A[at] += share[:, None].to(dtype) * part.A.to(dtype)
+        B[:, at] += share.to(dtype) * part.B.to(dtype)
+        covered[at] |= share > 0
+    A, B = A.to(previous.A), B.to(previous.B)
     return LowRank(torch.where(covered[:, None], A, previous.A), torch.where(covered, B, previous.B))
 
 
@@ -94,18 +173,29 @@ def svd(part: LowRank, rank: int, rng: torch.Generator) -> LowRank:
     these slots can learn. Signs are fixed: the entry of largest size in each row of A is positive.
     """
     U, S, Vt = _factored_svd(part)
-    # What rounding leaves of a zero singular value is a few eps of the largest (6 eps at rank 128, measured).
-    noise = torch.finfo(S.dtype).eps * max(10, part.rank)
-    kept = int((S[:rank] > S[:1] * noise).sum())
+    kept = min(rank, _significant(S, part))
     A = _complete(Vt[:kept], rank, rng)
     B = torch.cat([U[:, :kept] * S[:kept], U.new_zeros(U.shape[0], rank - kept)], dim=1)
     sign = torch.where(A.gather(1, A.abs().argmax(dim=1, keepdim=True)) < 0, -1.0, 1.0)
     return LowRank((A * sign).to(part.A.dtype), (B * sign.T).to(part.B.dtype))
 
 
+def compact(part: LowRank) -> LowRank:
+    """The same product, but for rounding, at the smallest rank that holds it (at least 1)."""
+    U, S, Vt = _factored_svd(part)
+    kept = max(1, _significant(S, part))
+    return LowRank(Vt[:kept].to(part.A.dtype), (U[:, :kept] * S[:kept]).to(part.B.dtype))
+
+
 def singular_values(part: LowRank) -> Float[Tensor, " s"]:
     """Singular values of the product, descending; at most `min(r, d_in, d_out)` of them."""
     return _factored_svd(part)[1]
+
+
+def _significant(S: Tensor, part: LowRank) -> int:
+    # What rounding leaves of a zero singular value is a few eps of the largest (6 eps at rank 128, measured).
+    noise = torch.finfo(S.dtype).eps * max(10, part.rank)
+    return int((S[:1] * noise < S).sum())
 
 
 def _factored_svd(part: LowRank) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,10 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from anyrank import lowrank
 from anyrank.adapter import Adapter
 from anyrank.engine import Progress
 from anyrank.errors import RecordError
-from anyrank.federation import Device, Spec, State
+from anyrank.federation import Device, Fold, Spec, State, Times
 from anyrank.wire import decode, encode
 
 __all__ = ["FORMAT", "RunFolder"]
@@ -124,13 +125,15 @@ class RunFolder:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
-        state = progress.state
+        states = {"": progress.state, **progress.peers}
         header = {
-            "round": state.round,
-            "ranks": {client: device.rank for client, device in progress.fleet.items()},
+            "round": progress.state.round,
+            "fleet": {client: _learned(device) for client, device in progress.fleet.items()},
             "seconds": progress.seconds,
+            "states": {name: _outline(state) for name, state in states.items()},
         }
-        packed = encode({"adapter": state.adapter, **{f"extra {k}": v for k, v in state.extra.items()}}, header)
+        adapters = {f"{i} {part}": a for i, state in enumerate(states.values()) for part, a in _parts(state).items()}
+        packed = encode(adapters, header)
         (self.path / "checkpoint").mkdir(exist_ok=True)
         _replace_file(self.path / "checkpoint" / "state.safetensors", packed)
 
@@ -139,7 +142,7 @@ class RunFolder:
 
         Args:
             spec: of the run.
-            fleet: the run's devices; their ranks are replaced by the checkpoint's.
+            fleet: the run's devices; what was learned of them is the checkpoint's.
             target: the accuracy to reach, of which the records tell when it was reached.
 
         Raises:
@@ -156,7 +159,7 @@ class RunFolder:
             adapters, header = decode(file.read_bytes())
         except RecordError as error:
             raise RecordError(f"{file}: {error}. Start the run anew in another folder.") from error
-        if set(header["ranks"]) != set(fleet):
+        if set(header["fleet"]) != set(fleet):
             raise RecordError(
                 f"{file}: its clients are not those of {self.path / 'run.json'}; the folder was mixed up."
             )
@@ -168,10 +171,13 @@ class RunFolder:
             )
         self._keep(records)
         reached = [r["simulated_seconds"] for r in records if target is not None and (r["accuracy"] or 0.0) >= target]
-        extra = {name.removeprefix("extra "): a for name, a in adapters.items() if name != "adapter"}
-        state = State(spec, adapters["adapter"], header["round"], extra)
-        devices = {client: replace(device, rank=header["ranks"][client]) for client, device in fleet.items()}
-        return Progress(state, devices, header["seconds"], reached[0] if reached else None)
+        states = {
+            name: _restored(spec, header["round"], outline, adapters, i)
+            for i, (name, outline) in enumerate(header["states"].items())
+        }
+        devices = {client: _reminded(device, header["fleet"][client]) for client, device in fleet.items()}
+        state = states.pop("")
+        return Progress(state, devices, states, header["seconds"], reached[0] if reached else None)
 
     def _keep(self, records: list[dict[str, Any]]) -> None:
         if (self.path / "rounds.jsonl").exists():
@@ -188,9 +194,44 @@ class RunFolder:
         if not file.exists():
             raise RecordError(f"{self.path} has no finished round yet.")
         try:
-            return decode(file.read_bytes())[0]["adapter"]
+            adapters, header = decode(file.read_bytes())
         except RecordError as error:
             raise RecordError(f"{file}: {error}.") from error
+        folds = [adapters[f"0 fold {number}"] for number in header["states"][""]["folds"]]
+        adapter = adapters["0 adapter"]
+        return Adapter(lowrank.together([adapter, *folds]).layers, adapter.dense) if folds else adapter
+
+
+def _parts(state: State) -> dict[str, Adapter]:
+    """Every adapter of a state, by a name of its own."""
+    folds = {f"fold {fold.number}": fold.adapter for fold in state.folds}
+    return {"adapter": state.adapter, **folds, **{f"extra {name}": a for name, a in state.extra.items()}}
+
+
+def _outline(state: State) -> dict[str, Any]:
+    """What belongs to a state besides its adapters."""
+    return {"folds": [fold.number for fold in state.folds], "extra": list(state.extra), "notes": dict(state.notes)}
+
+
+def _restored(spec: Spec, round: int, outline: Any, adapters: Mapping[str, Adapter], i: int) -> State:
+    return State(
+        spec,
+        adapters[f"{i} adapter"],
+        round,
+        folds=tuple(Fold(number, adapters[f"{i} fold {number}"]) for number in outline["folds"]),
+        extra={name: adapters[f"{i} extra {name}"] for name in outline["extra"]},
+        notes=outline["notes"],
+    )
+
+
+def _learned(device: Device) -> dict[str, Any]:
+    """What a run learns about a device."""
+    return {"rank": device.rank, "folds": device.folds, "times": device.times and vars(device.times)}
+
+
+def _reminded(device: Device, learned: Mapping[str, Any]) -> Device:
+    times = Times(**learned["times"]) if learned["times"] else None
+    return replace(device, rank=learned["rank"], folds=learned["folds"], times=times)
 
 
 def _replace_file(file: Path, content: bytes) -> None:

@@ -1,14 +1,15 @@
 """What a device does: train an adapter on its own examples, or score one."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from anyrank.adapter import Adapter
+from anyrank.adapter import NOTHING, Adapter, LowRank
 from anyrank.federation import Local, Method, Task, Update
 from anyrank.hf import AdaptedModel
 from anyrank.seeding import generator
@@ -73,44 +74,66 @@ def examples_in(steps: int, *, num_examples: int, batch_size: int) -> int:
 
 def train(
     model: AdaptedModel,
+    task: Task,
     start: Adapter,
     data: Examples,
     *,
-    steps: int,
     training: Training,
-    penalty: Callable[[Adapter, Adapter], Tensor] | None,
-    local: Local,
+    method: Method,
     rng: torch.Generator,
-) -> tuple[Adapter, float]:
+) -> tuple[Adapter, dict[str, float]]:
     """Local training with a fresh optimizer.
 
     Args:
         model: the shared base model; its adapter is replaced.
+        task: says how many steps, which factors, and what is frozen beside them.
         start: where to start from.
         data: the client's examples; at least one.
-        steps: optimizer steps.
         training: learning rate, batch size and the like.
-        penalty: the method's addition to the loss.
-        local: the optimizer, and what happens around its steps.
-        rng: draws the order of the examples.
+        method: its penalty, its observations, its way of training if it has one.
+        rng: draws the order of the examples, and whatever the way of training draws.
 
     Returns:
-        the trained adapter, and the mean loss over the steps (without the penalty).
+        the trained adapter; the mean loss over the steps (without the penalty) and the sums of what was observed.
     """
-    live = model.load(start)
-    optimizer = local.optimizer(list(live.tensors().values()), training.learning_rate, training.weight_decay)
-    total = 0.0
-    for batch in _batches(data, steps, training, rng):
+    local, plan = method.local or training.local, task.plan
+    inner = local.enter(start)
+    live = _live(model, local, task, inner)
+    optimizer = local.optimizer(live, training.learning_rate, training.weight_decay)
+    total, observed = 0.0, Counter[str]()
+    for step, batch in enumerate(_batches(data, plan.steps, training, rng)):
+        if local.form:
+            model.form(local.form(live, rng).layers)
         loss = model.model(**batch).loss
-        objective = loss if penalty is None else loss + penalty(live, start)
+        objective = loss if method.penalty is None else loss + method.penalty(live, inner)
         optimizer.zero_grad()
         objective.backward()
-        local.on_grad(live)
+        if method.observe:
+            observed.update(method.observe(live))
+        local.on_grad(live, step)
         optimizer.step()
         with torch.no_grad():
-            local.on_step(live)
+            local.on_step(live, optimizer, step)
         total += loss.item()
-    return live.map(lambda tensor: tensor.detach().clone()), total / steps
+    trained = live.map(lambda tensor: tensor.detach().clone())
+    return local.leave(trained), {"loss": total / plan.steps, **observed}
+
+
+def _live(model: AdaptedModel, local: Local, task: Task, inner: Adapter) -> Adapter:
+    """The tensors that the optimizer moves: the model's own, or leaves from which its factors are formed."""
+    frozen, plan = task.applied, task.plan
+    if local.form is None:
+        return model.load(inner, frozen=frozen, scale=plan.scale, train=plan.train)
+    formed = local.form(inner, torch.Generator())
+    own = model.load(formed, frozen=frozen, scale=plan.scale).dense
+    layers = {
+        name: LowRank(
+            part.A.clone().requires_grad_("A" in plan.train), part.B.clone().requires_grad_("B" in plan.train)
+        )
+        for name, part in inner.layers.items()
+    }
+    further = {name: t.clone().requires_grad_() for name, t in inner.dense.items() if name not in own}
+    return Adapter(layers, {**own, **further})
 
 
 def _batches(data: Examples, steps: int, training: Training, rng: torch.Generator) -> Iterator[Batch]:
@@ -124,9 +147,17 @@ def _batches(data: Examples, steps: int, training: Training, rng: torch.Generato
             done += 1
 
 
-def evaluate(model: AdaptedModel, adapter: Adapter, data: Examples, *, training: Training) -> Score:
+def evaluate(
+    model: AdaptedModel,
+    adapter: Adapter,
+    data: Examples,
+    *,
+    training: Training,
+    frozen: Adapter = NOTHING,
+    scale: float = 1.0,
+) -> Score:
     """Score an adapter on examples; in order of length they are padded least."""
-    model.load(adapter)
+    model.load(adapter, frozen=frozen, scale=scale)
     size = 4 * training.batch_size  # no gradients are kept, so larger batches fit
     loss, correct = 0.0, 0
     for first in range(0, len(data), size):
@@ -142,38 +173,39 @@ def work(
     model: AdaptedModel,
     method: Method,
     task: Task,
-    data: Sequence[Examples],
+    data: Mapping[str, Examples],
     *,
     training: Training,
     seed: int,
-) -> Update:
+    kept: Adapter | None = None,
+) -> tuple[Update, Adapter | None]:
     """The client's half of a round, the same on every transport.
 
     Args:
         model: the base model.
-        method: its `penalty`, `local` and `leave` act here.
+        method: its `enter`, `penalty`, `observe`, `local`, `leave` and `keep` act here.
         task: what is asked.
-        data: the client's training examples, and those it holds out for evaluation.
+        data: the client's examples by the kind of task that uses them.
         training: how to train.
         seed: of the run.
+        kept: what the client kept from its last round.
+
+    Returns:
+        the reply, and what the client keeps from this round, if anything.
     """
-    client = task.plan.client
-    if task.kind == "evaluate":
-        if not len(data[1]):
-            return Update(client, task.round, None, 0, {})
-        score = evaluate(model, task.start, data[1], training=training)
+    client, examples = task.plan.client, data[task.kind]
+    start = method.enter(task.start, kept) if method.enter else task.start
+    if task.kind != "train":
+        if not len(examples):
+            return Update(client, task.round, None, 0, {}), None
+        score = evaluate(model, start, examples, training=training, frozen=task.applied, scale=task.plan.scale)
         metrics = {"loss": score.loss, "accuracy": score.accuracy}
-        return Update(client, task.round, None, score.num_examples, metrics)
-    adapter, loss = train(
-        model,
-        task.start,
-        data[0],
-        steps=task.plan.steps,
-        training=training,
-        penalty=method.penalty,
-        local=method.local or training.local,
-        rng=generator(seed, "batches", task.round, client),
+        return Update(client, task.round, None, score.num_examples, metrics), None
+    # The key of a client's only task in a round does not name the phase.
+    rng = generator(seed, "batches", task.round, client, *[task.phase] * bool(task.phase))
+    adapter, metrics = train(model, task, start, examples, training=training, method=method, rng=rng)
+    seen = examples_in(task.plan.steps, num_examples=len(examples), batch_size=training.batch_size)
+    update = Update(
+        client, task.round, method.leave(adapter, start), len(examples), {**metrics, "examples": float(seen)}
     )
-    seen = examples_in(task.plan.steps, num_examples=len(data[0]), batch_size=training.batch_size)
-    metrics = {"loss": loss, "examples": float(seen)}
-    return Update(client, task.round, method.leave(adapter, task.start), len(data[0]), metrics)
+    return update, method.keep(adapter) if method.keep else None

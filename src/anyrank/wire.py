@@ -6,6 +6,7 @@ the same content gives the same bytes.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
 from statistics import median
 from typing import Any
@@ -15,11 +16,11 @@ import torch
 from safetensors.torch import load, save
 
 from anyrank import lowrank
-from anyrank.adapter import Adapter
+from anyrank.adapter import Adapter, LowRank
 from anyrank.errors import RecordError, ShapeError, UpdateRejected
-from anyrank.federation import Task, Update
+from anyrank.federation import Factors, Task, Update
 
-__all__ = ["check_norms", "check_update", "decode", "encode", "nbytes"]
+__all__ = ["bytes_down", "bytes_up", "check_norms", "check_update", "completed", "decode", "encode", "nbytes"]
 
 _UNREADABLE = (
     safetensors.SafetensorError,
@@ -34,13 +35,17 @@ _UNREADABLE = (
 
 def encode(adapters: Mapping[str, Adapter], header: Mapping[str, Any]) -> bytes:
     """Pack named adapters and a JSON-serialisable header."""
+    return _pack({group: adapter.tensors() for group, adapter in adapters.items()}, header)
+
+
+def _pack(groups: Mapping[str, Mapping[str, torch.Tensor]], header: Mapping[str, Any]) -> bytes:
     # A copy of each, since safetensors refuses tensors that share memory, such as an adapter and its prefix.
     flat = {
         f"{group}:{name}": tensor.detach().clone(memory_format=torch.contiguous_format)
-        for group, adapter in adapters.items()
-        for name, tensor in adapter.tensors().items()
+        for group, tensors in groups.items()
+        for name, tensor in tensors.items()
     }
-    order = {group: list(adapter.tensors()) for group, adapter in adapters.items()}
+    order = {group: list(tensors) for group, tensors in groups.items()}
     return save(flat, metadata={"anyrank": json.dumps({"header": header, "order": order}, sort_keys=True)})
 
 
@@ -63,9 +68,42 @@ def decode(packed: bytes) -> tuple[dict[str, Adapter], dict[str, Any]]:
         raise RecordError(f"not a complete anyrank file ({type(error).__name__}: {error})") from error
 
 
-def nbytes(adapter: Adapter) -> int:
-    """Size of the adapter as a message, header included."""
-    return len(encode({"adapter": adapter}, {}))
+def nbytes(adapter: Adapter, factors: Factors = "AB") -> int:
+    """Size of the adapter as a message, header included; only those factors of it that travel, and the dense tensors."""
+    left_out = {"A", "B"} - set(factors)
+    tensors = {name: tensor for name, tensor in adapter.tensors().items() if name.partition("/")[0] not in left_out}
+    return len(_pack({"adapter": tensors}, {}))
+
+
+def bytes_down(task: Task) -> int:
+    """Size of what travels to the client: the start, what is frozen beside it, and the folds that the client lacks.
+
+    A client whose folds were compressed on the server since it was last here gets the compressed one.
+    """
+    news = [fold.adapter for fold in task.folds if fold.number > task.held]
+    frozen = [task.frozen] if task.frozen.layers else []
+    return nbytes(task.start, task.plan.down) + sum(nbytes(part) for part in [*frozen, *news])
+
+
+def bytes_up(task: Task, update: Update) -> int:
+    """Size of what travels back."""
+    return nbytes(update.adapter, task.plan.up) if update.adapter else 0
+
+
+def completed(task: Task, update: Update) -> Update:
+    """The update with the factors that did not travel as they are in the task, whatever the client did to them.
+
+    A client may have returned fewer slots than it was sent; then it is the first of them that are completed.
+    """
+    if update.adapter is None or task.plan.up == "AB":
+        return update
+    layers = {}
+    for name, part in update.adapter.layers.items():
+        known = task.start.layers.get(name)
+        A = part.A if known is None or "A" in task.plan.up else known.A[: part.rank]
+        B = part.B if known is None or "B" in task.plan.up else known.B[:, : part.rank]
+        layers[name] = LowRank(A, B)
+    return replace(update, adapter=Adapter(layers, update.adapter.dense))
 
 
 def check_update(task: Task, update: Update, *, may_prune: bool) -> None:

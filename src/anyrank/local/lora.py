@@ -4,24 +4,33 @@ Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen. LoRA: Low-Rank Adaptation of 
 arXiv 2106.09685. Loshchilov, Hutter. Decoupled Weight Decay Regularization. ICLR 2019, arXiv 1711.05101.
 """
 
-from collections.abc import Sequence
-
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from anyrank.adapter import Adapter
 from anyrank.federation import Local
 
-__all__ = ["lora"]
+__all__ = ["lora", "trained"]
 
 
 def lora() -> Local:
     """AdamW on everything that is trained, fresh in every round."""
 
-    def optimizer(parameters: Sequence[Tensor], learning_rate: float, weight_decay: float) -> Optimizer:
-        return AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
+    def optimizer(live: Adapter, learning_rate: float, weight_decay: float) -> Optimizer:
+        return AdamW(trained(live), lr=learning_rate, weight_decay=weight_decay, fused=True)
 
-    def leave_alone(adapter: Adapter) -> None:
+    def on_grad(live: Adapter, step: int) -> None:
         pass
 
-    return Local(optimizer, on_grad=leave_alone, on_step=leave_alone)
+    def on_step(live: Adapter, optimizer: Optimizer, step: int) -> None:
+        pass
+
+    def unchanged(adapter: Adapter) -> Adapter:
+        return adapter
+
+    return Local(optimizer, on_grad, on_step, enter=unchanged, form=None, leave=unchanged)
+
+
+def trained(live: Adapter) -> list[Tensor]:
+    """The tensors that require a gradient."""
+    return [tensor for tensor in live.tensors().values() if tensor.requires_grad]

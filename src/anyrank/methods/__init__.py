@@ -15,7 +15,7 @@ from anyrank.methods.rbla import rbla
 from anyrank.methods.wrappers import proximal, server_optimizer
 from anyrank.methods.zero_padding import zero_padding
 
-__all__ = ["METHODS", "describe", "proximal", "server_optimizer"]
+__all__ = ["METHODS", "describe", "overview", "proximal", "server_optimizer"]
 
 METHODS: Mapping[str, Callable[..., Method]] = {
     "fedavg": fedavg,
@@ -38,3 +38,17 @@ def describe(name: str) -> dict[str, Any]:
         "arguments": {parameter.name: parameter.default for parameter in parameters},
         "text": inspect.getdoc(sys.modules[method.__module__]),
     }
+
+
+def overview() -> list[list[str]]:
+    """The table of all methods, its head first: what each one claims. Bytes are in numbers for each adapted layer."""
+    head = ["method", "paper", "mixed ranks", "mixed depths", "exact", "folds", "no-op safe", "topologies"]
+    rows = [[*head, "averages", "down", "up", "server cost"]]
+    for name, make in METHODS.items():
+        claims = make().claims
+        flags = (claims.mixed_ranks, claims.mixed_depths, claims.exact, claims.folds, claims.keeps_no_op)
+        averages = "nothing" if claims.cost == "none" else claims.space + "s"
+        topologies = "all" if len(claims.topologies) == 4 else ", ".join(claims.topologies)
+        marks = ["yes" if flag else "" for flag in flags]
+        rows.append([name, claims.paper, *marks, topologies, averages, claims.down, claims.up, claims.cost])
+    return rows

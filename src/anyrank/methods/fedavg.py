@@ -10,7 +10,7 @@ Deviations: on a mixed fleet everyone gets the smallest rank of the fleet, since
 Cost: O(r (d_in + d_out)) a client; up and down one adapter of rank r.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from anyrank import lowrank
 from anyrank.adapter import Adapter
@@ -18,7 +18,7 @@ from anyrank.allocate import at_rank
 from anyrank.federation import Claims, Device, Inbox, Method, Plan, Spec, State
 from anyrank.seeding import generator
 
-__all__ = ["fedavg", "init_at"]
+__all__ = ["fedavg", "init_at", "init_with"]
 
 
 def fedavg() -> Method:
@@ -51,8 +51,12 @@ def fedavg() -> Method:
         init,
         assign,
         dispatch,
+        frozen=None,
+        enter=None,
         penalty=None,
+        observe=None,
         leave=leave,
+        keep=None,
         aggregate=aggregate,
         step=step,
         local=None,
@@ -60,6 +64,8 @@ def fedavg() -> Method:
             paper="Zhang et al. (FedIT), arXiv 2305.05644",
             cost="O(R (d_in + d_out))",
             space="factor",
+            down="(m + n) r",
+            up="(m + n) r",
             mixed_ranks=False,
             keeps_uncovered=True,
             keeps_no_op=True,
@@ -69,9 +75,14 @@ def fedavg() -> Method:
 
 def init_at(spec: Spec, rank: int) -> State:
     """The state before the first round: the given start at `rank`, or a fresh adapter on every layer."""
+    return init_with(spec, {layer.name: rank for layer in spec.layers})
+
+
+def init_with(spec: Spec, ranks: Mapping[str, int]) -> State:
+    """The same with a rank for each layer."""
     layers = {}
     for layer in spec.layers:
-        rng = generator(spec.seed, "init", layer.name)
+        rank, rng = ranks[layer.name], generator(spec.seed, "init", layer.name)
         given = spec.start.layers.get(layer.name)
         layers[layer.name] = (
             lowrank.resize(given, rank, rng)

@@ -27,6 +27,8 @@ def zero_padding() -> Method:
 
     claims = baseline.claims._replace(
         paper="in Cho et al., arXiv 2401.06432",
+        down="(m + n) r_k",
+        up="(m + n) r_k",
         mixed_ranks=True,
         keeps_no_op=False,
     )

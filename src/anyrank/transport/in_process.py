@@ -9,6 +9,7 @@ from torch.utils.data import Subset
 from anyrank.data import held_out
 from anyrank.federation import Failure, Method, Task, Update
 from anyrank.hf import AdaptedModel
+from anyrank.memory import Memory
 from anyrank.train import Examples, Training, work
 
 __all__ = ["InProcess"]
@@ -20,12 +21,14 @@ class InProcess:
 
     Args:
         model: the base model that all clients share.
-        method: gives the client its penalty and its last step.
+        method: the client's part of it acts here.
         training: how clients train.
         data: all clients' examples.
         shards: positions in `data` by client; memory beyond these does not grow with the number of clients.
+        test: the server's test set, on which clients' own models can be scored in simulation.
         held_out: share of each shard that is kept for evaluation.
         seed: of the run.
+        memory: what clients keep between rounds.
     """
 
     model: AdaptedModel
@@ -33,14 +36,22 @@ class InProcess:
     training: Training
     data: Examples
     shards: Mapping[str, np.ndarray]
+    test: Examples
     held_out: float
     seed: int
+    memory: Memory
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Update | Failure]:
         """Carry out the tasks in order."""
         for task in tasks:
-            parts = held_out(
-                self.shards[task.plan.client], share=self.held_out, seed=self.seed, client=task.plan.client
-            )
-            data = [Subset(self.data, part.tolist()) for part in parts]  # pyright: ignore[reportArgumentType]
-            yield work(self.model, self.method, task, data, training=self.training, seed=self.seed)
+            client = task.plan.client
+            parts = held_out(self.shards[client], share=self.held_out, seed=self.seed, client=client)
+            train, evaluate = (Subset(self.data, part.tolist()) for part in parts)  # pyright: ignore[reportArgumentType]
+            data: dict[str, Examples] = {"train": train, "evaluate": evaluate, "test": self.test}
+            kept = None
+            if self.method.keep:
+                kept = self.memory.read(client, before=task.round + (task.kind != "train"))
+            update, keeps = work(self.model, self.method, task, data, training=self.training, seed=self.seed, kept=kept)
+            if keeps:
+                self.memory.write(client, task.round, keeps)
+            yield update
