@@ -22,7 +22,7 @@ demo: .venv/installed  ## Fine-tune a real model over 24 clients of three ranks
 	$(BIN)/anyrank run
 
 test: .venv/installed  ## The default test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-slow: .venv/installed  ## The long tests: kills and resumes, memory, the whole default recipe
 	$(BIN)/python -m pytest -m slow

@@ -102,9 +102,25 @@ def random_adapter(spec: Spec, ranks: Mapping[str, int], *key: str | int, dtype=
 
 
 def state_of(method: Method, setup: Setup, dtype=torch.float32) -> State:
-    """A state in the middle of a run: as the method starts it, but with random factors."""
+    """A state in the middle of a run: as the method starts it, but with random factors, and a fold if it makes any.
+
+    Factors that do not travel down are what they were at the start: everyone can work them out.
+    """
     state = method.init(spec_of(setup))
-    return state.with_adapter(random_adapter(state.spec, state.adapter.ranks, "server", dtype=dtype))
+    drawn = random_adapter(state.spec, state.adapter.ranks, "server", dtype=dtype)
+    down = method.assign(state, devices_of(setup))[0].down
+    layers = {
+        name: LowRank(
+            part.A if "A" in down else state.adapter.layers[name].A.to(dtype),
+            part.B if "B" in down else state.adapter.layers[name].B.to(dtype),
+        )
+        for name, part in drawn.layers.items()
+    }
+    state = state.with_adapter(Adapter(layers, drawn.dense))
+    if method.claims.folds:
+        one = {layer.name: 1 for layer in state.spec.layers}
+        state = state.with_fold(random_adapter(state.spec, one, "fold", dtype=dtype).layers)
+    return state
 
 
 def tasks_of(method: Method, setup: Setup, state: State) -> list[Task]:

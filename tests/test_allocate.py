@@ -1,28 +1,36 @@
 """Rank policies, orderings, device classes, and the plans that methods share."""
 
 from collections import Counter
+from dataclasses import replace
 from inspect import Parameter, signature
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyrank.adapter import Adapter
+from anyrank.adapter import Adapter, LowRank
 from anyrank.allocate import (
     RANK_POLICIES,
     Candidate,
+    at_depth,
     at_own_rank,
+    at_random_slots,
     at_rank,
     data_size,
     deal_classes,
+    due,
+    fisher,
+    fisher_scores,
     listed,
     ordered,
     per_class,
     power_law,
     ratios,
+    seconds_by_depth,
 )
 from anyrank.errors import ConfigError
-from anyrank.federation import Device, Layer, Plan, Profile, Spec, State
+from anyrank.federation import Device, Layer, Plan, Profile, Spec, State, Task, Update
 from anyrank.seeding import numpy_generator
 from federations import COST
 
@@ -215,3 +223,66 @@ def test_plans_hold_every_layer_at_the_devices_rank():
         Plan("ann", {"q": 2, "v": 2}, 5),
         Plan("bob", {"q": 8, "v": 8}, 7),
     ]
+
+
+def test_random_slots_are_some_of_the_servers_and_a_matter_of_seed_round_and_client():
+    devices = [Device("ann", "phone", PROFILE, 2, 30, 5), Device("bob", "laptop", PROFILE, 8, 10, 7)]
+    counts, state, seeded = Counter(), State(SPEC, Adapter({})), State(replace(SPEC, seed=1), Adapter({}))
+    others = 0
+    for number in range(200):
+        ann, bob = at_random_slots(replace(state, round=number), devices)
+        assert bob == replace(at_own_rank(state, devices)[1], slots=tuple(range(8)))
+        assert ann.slots is not None
+        assert list(ann.slots) == sorted(set(ann.slots))
+        assert len(ann.slots) == 2
+        assert at_random_slots(replace(state, round=number), devices[:1]) == [ann]  # whoever else takes part
+        counts.update(ann.slots)
+        others += at_random_slots(replace(seeded, round=number), devices)[0] != ann
+    assert others > 150
+    assert set(counts) == set(range(8))
+    assert all(30 <= count <= 70 for count in counts.values())  # 50 each on average
+    twins = [replace(devices[0], client=name) for name in ("ann", "eve", "sue", "una")]
+    assert len({plan.slots for plan in at_random_slots(state, twins)}) > 1
+
+
+def test_a_depth_counts_blocks_with_adapted_layers_from_the_output():
+    layers = (Layer("a", 3, 7, 1), Layer("b", 3, 5, 4), Layer("c", 3, 7, 4), Layer("d", 3, 5, 5))
+    ann, spec = Device("ann", "phone", PROFILE, 2, 30, 5), replace(SPEC, layers=layers)
+    ranks = {"a": 1, "b": 2, "c": 3, "d": 4}
+    for depth, names in enumerate(["", "d", "bcd", "abcd"]):
+        assert at_depth(spec, ann, ranks, depth) == Plan("ann", {name: ranks[name] for name in names}, 5)
+
+
+def test_seconds_by_depth_go_as_far_as_memory():
+    # Adapters of rank 2: 4 bytes times one token times 3 + 2 columns are kept; 16 bytes for each of 20 and 16 parameters.
+    ann = Device("ann", "phone", replace(PROFILE, memory_bytes=1e9), 2, 30, 5)
+    ranks = {"q": 2, "v": 2}
+    needed = [5 * 4 + 16 * 16, 2 * 5 * 4 + 16 * (20 + 16)]
+    seconds = seconds_by_depth(SPEC, ann, ranks)
+    assert seconds == [5.0, 5.0 + 4 * 16, 5.0 + 4 * 36]  # a step takes a second at any depth, a byte as well
+    for memory, depths in ((needed[1], 3), (needed[1] - 1, 2), (needed[0], 2), (needed[0] - 1, 1), (0, 1)):
+        small = replace(ann, profile=replace(PROFILE, memory_bytes=float(memory)))
+        assert seconds_by_depth(SPEC, small, ranks) == seconds[:depths]
+
+
+def test_scores_are_sums_of_squares_by_step_and_slot_over_those_that_trained_the_layer():
+    q = LowRank(torch.ones(2, 3), torch.ones(7, 2)).map(lambda tensor: tensor.requires_grad_())
+    (q.A.sum() * 2 + q.B.sum() * 3).backward()
+    observed = fisher(Adapter({"q": q}))
+    assert observed == {"fisher q": 6 * 4 + 14 * 9}
+    inbox = []
+    for client, ranks, metrics in (
+        ("ann", {"q": 2}, observed),
+        ("bob", {"q": 1, "v": 4}, {"fisher q": 9.0, "fisher v": 8.0}),
+        ("cat", {"q": 1}, {}),
+    ):
+        task = Task("train", 1, Plan(client, ranks, steps=3), Adapter({}))
+        inbox.append((task, Update(client, 1, Adapter({}), 1, {"loss": 1.0, **metrics})))
+    expected = {"q": (0.25 * 150 / 6 + 0.5 * 9 / 3) / 0.75, "v": 8 / 12}
+    assert fisher_scores(inbox, [0.25, 0.5, 0.25]) == pytest.approx(expected)
+    assert fisher_scores(inbox[2:], [1.0]) == {}
+
+
+def test_scores_count_after_the_warm_up_and_then_every_so_often():
+    assert [round for round in range(1, 10) if due(round, 3, 2)] == [3, 5, 7, 9]
+    assert [round for round in range(1, 10) if due(round, 0, 4)] == [4, 8]

@@ -14,6 +14,7 @@ from anyrank import api
 from anyrank.engine import Progress
 from anyrank.errors import ConfigError, RecordError, RoundFailed
 from anyrank.job import prepare
+from anyrank.local import LOCALS
 from anyrank.record import RunFolder
 from anyrank.train import evaluate
 from tiny import recipe_toml, write_model, write_reviews
@@ -291,12 +292,34 @@ def test_export_gives_the_best_adapter_of_a_rank(finished, tmp_path):
 
 @pytest.mark.parametrize("method", sorted(anyrank.METHODS))
 def test_every_method_runs(tiny, tmp_path, method):
-    folder = anyrank.run(recipe(tiny, f"method.name={method}", "rounds=2"), tmp_path / method)
+    claims = anyrank.METHODS[method]().claims
+    settings = [f"method.name={method}", "rounds=2", f"topology.name={claims.topologies[0]}"]
+    folder = anyrank.run(recipe(tiny, *settings), tmp_path / method)
     ranks = {rank for record in folder.records() for rank in record["returned_ranks"].values()}
-    assert ranks == ({1} if method == "fedavg" else ranks)
-    assert len(ranks) > 1 or method == "fedavg"
-    if method == "local_only":
-        assert sorted(path.name for path in (folder.path / "clients").iterdir())
+    assert (len(ranks) > 1) == claims.mixed_ranks
+    assert folder.records()[-1]["accuracy"] > 0.4
+    if claims.personal:
+        trained = {client for record in folder.records() for client in record["returned_ranks"]}
+        assert {path.name for path in (folder.path / "clients").iterdir()} == trained
+    else:
+        adapted = folder.final_adapter()
+        assert anyrank.export(folder.path, 1, tmp_path / "small").layers.keys() == adapted.layers.keys()
+
+
+@pytest.mark.parametrize("local", [name for name in LOCALS if name != "lora"])
+def test_every_way_of_training_runs(tiny, tmp_path, local):
+    folder = anyrank.run(recipe(tiny, f"local.name={local}", "rounds=2"), tmp_path / local)
+    assert folder.records()[-1]["accuracy"] > 0.4
+
+
+@pytest.mark.parametrize("topology", ["hierarchy", "ring", "gossip"])
+def test_every_topology_runs_and_resumes_to_the_same_bytes(tiny, tmp_path, topology):
+    settings = [f"topology.name={topology}", "method.name=fedsa_lora"]
+    whole = anyrank.run(recipe(tiny, *settings, "rounds=3"), tmp_path / "whole")
+    part = anyrank.run(recipe(tiny, *settings, "rounds=2"), tmp_path / "part")
+    anyrank.resume(part.path, overrides={"rounds": 3})
+    for name in ("checkpoint/state.safetensors", "clients/client-01/adapter_model.safetensors"):
+        assert (part.path / name).read_bytes() == (whole.path / name).read_bytes()
 
 
 @pytest.mark.parametrize(

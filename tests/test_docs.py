@@ -5,6 +5,7 @@
 
 import ast
 import dataclasses
+import inspect
 import json
 import re
 import subprocess
@@ -25,6 +26,7 @@ from anyrank.cli import app
 from anyrank.config import Baseline, Recipe
 from anyrank.device import PROFILES
 from anyrank.job import CHOICES, load_recipe
+from anyrank.local import LOCALS
 from anyrank.methods import METHODS, describe, overview
 from test_layers import ROWS
 
@@ -68,7 +70,6 @@ def table(*lines: list[str]) -> str:
 # Tables that are made from the code
 
 
-
 def methods_table() -> str:
     head, *body = overview()
     return table(head, *([f"[`{name}`]({name}.md)", *rest] for name, *rest in body))
@@ -109,6 +110,18 @@ def test_every_method_has_a_page_with_its_hyperparameters(name):
     for heading in ("Equations", "Hyperparameters", "Readings and deviations", "Cost and bytes", "Traps", "Run it"):
         assert f"\n## {heading}\n" in page
     assert f"method.name={name}" in page or load_recipe().method["name"] == name
+
+
+@pytest.mark.parametrize("name", LOCALS)
+def test_every_way_of_training_has_a_page_with_its_hyperparameters_and_a_recipe(name):
+    page = read(DOCS / f"local/{name}.md")
+    assert page.startswith(f"# {name}\n")
+    found = {row[0].strip("`"): row[1].strip("`") for row in rows(page)}
+    parameters = inspect.signature(LOCALS[name]).parameters.values()
+    assert found == {f"local.{each.name}": json.dumps(each.default) for each in parameters}
+    assert f"[`{name}`]({name}.md)" in read(DOCS / "local/README.md")
+    if name != "lora":  # the default
+        assert load_recipe(ROOT / f"recipes/local/{name}.toml").local["name"] == name
 
 
 def test_every_page_is_of_a_method():
@@ -175,9 +188,9 @@ def test_every_choice_and_baseline_is_documented():
 def test_a_recipe_loads_and_names_its_method_and_paper(path):
     method = load_recipe(path).method["name"]
     assert method == path.stem
-    number = re.search(r"\d{4}\.\d{5}", describe(method)["paper"])
-    assert number
-    assert number[0] in read(path).partition("\n\n")[0]
+    paper = describe(method)["paper"]
+    number = re.search(r"\d{4}\.\d{5}", paper)
+    assert (number[0] if number else paper.rpartition(", ")[2]) in read(path).partition("\n\n")[0]
     assert f"({path.name})" in read(ROOT / "recipes/README.md")
 
 

@@ -1,6 +1,9 @@
 """The boundary to PEFT: what stock PEFT loads is what we meant, and nothing but the adapter changes."""
 
+import copy
 import json
+import warnings
+from typing import Any
 
 import peft
 import pytest
@@ -8,14 +11,19 @@ import torch
 import transformers
 
 from anyrank import hf, lowrank
-from anyrank.adapter import Adapter
+from anyrank.adapter import Adapter, LowRank
 from anyrank.errors import ConfigError
-from anyrank.pretrained import resolve
+from anyrank.pretrained import Pretrained, resolve
 from anyrank.seeding import generator
-from tiny import WORDS, write_model
+from tiny import WORDS, bare_model, write_model
 
 TARGETS = ["query", "value", "intermediate.dense"]
 LABELS = ["kind", "unkind", "unsure"]
+FAMILIES = {  # how their layers store a weight: as it is, and transposed
+    "bert": ("bert.encoder.layer", TARGETS),
+    "gpt2": ("transformer.h", ["c_attn", "c_fc", "mlp.c_proj"]),
+}
+families = pytest.mark.parametrize("family", FAMILIES)
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +36,11 @@ def adapted(base, scale=2.0) -> hf.AdaptedModel:
     return hf.AdaptedModel(model, scale=scale, target_modules=TARGETS)
 
 
-def some_adapter(model: hf.AdaptedModel, ranks=(1, 3, 40)) -> Adapter:
+def some_adapter(model: hf.AdaptedModel, ranks=(1, 3, 40), key="test") -> Adapter:
     """Different ranks in different layers, one above the smaller side, nothing zero."""
     layers = {}
     for layer, rank in zip(model.layers, [*ranks, *ranks], strict=True):
-        rng = generator("test", layer.name)
+        rng = generator(key, layer.name)
         part = lowrank.fresh(rank, d_in=layer.d_in, d_out=layer.d_out, rng=rng)
         layers[layer.name] = part.map(lambda t, rng=rng: t + 0.1 * torch.randn(t.shape, generator=rng))
     dense = {name: t + 0.1 for name, t in model.dense.items()}
@@ -49,12 +57,12 @@ def same(one: Adapter, other: Adapter) -> bool:
     return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def save(folder, adapter, model, base, scale=2.0):
+def save(folder, adapter, model, base=None, scale=2.0):
     hf.write_adapter(
         folder,
         adapter,
         scale=scale,
-        base=base,
+        base=base or Pretrained("any", "nowhere"),
         modules_to_save=model.modules_to_save,
         label_names=LABELS,
         card="A card.",
@@ -163,6 +171,116 @@ def test_a_layer_without_a_part_is_the_base_and_backward_does_not_reach_below(ba
         assert torch.equal(shallow, model.model(**batch()).logits)
 
 
+# Frozen parts, and layers that store their weights transposed
+
+
+def merged(model: Any, products: dict[str, torch.Tensor]) -> Any:
+    """A copy of a bare model with products added to its weights by hand."""
+    model = copy.deepcopy(model)
+    for name, product in products.items():
+        module = model.get_submodule(name)
+        module.weight.data += product if isinstance(module, torch.nn.Linear) else product.T
+    return model
+
+
+def split(adapter: Adapter, *, keep) -> Adapter:
+    names = list(adapter.layers)
+    return Adapter({name: adapter.layers[name] for i, name in enumerate(names) if i in keep}, adapter.dense)
+
+
+@families
+@torch.no_grad()
+def test_what_is_trained_and_what_is_frozen_are_both_added(family):
+    bare = bare_model(family)
+    model = hf.AdaptedModel(copy.deepcopy(bare), scale=2.0, target_modules=FAMILIES[family][1])
+    whole, other = some_adapter(model), some_adapter(model, ranks=(2, 5, 1), key="frozen")
+    adapter, frozen = split(whole, keep=(0, 1, 4)), split(other, keep=(1, 2, 4))
+    for name, tensor in adapter.dense.items():
+        bare.get_parameter(name).copy_(tensor)
+    for scale in (1.0, 0.75):
+        products = {
+            name: torch.zeros(layer.d_out, layer.d_in) for name, layer in zip(whole.layers, model.layers, strict=True)
+        }
+        for name, part in adapter.layers.items():
+            products[name] += 2.0 * scale * part.product
+        for name, part in frozen.layers.items():
+            products[name] += 2.0 * part.product
+        model.load(adapter, frozen=frozen, scale=scale)
+        expected = merged(bare, products)(**batch()).logits
+        assert torch.allclose(model.model(**batch()).logits, expected, atol=1e-5)
+    model.load(adapter)  # nothing of the frozen part is left behind
+    products = {name: 2.0 * part.product for name, part in adapter.layers.items()}
+    assert torch.allclose(model.model(**batch()).logits, merged(bare, products)(**batch()).logits, atol=1e-5)
+
+
+@families
+@pytest.mark.parametrize("below", ["absent", "frozen", "loaded before"])
+def test_backward_stops_at_the_first_trained_layer(family, below):
+    blocks, targets = FAMILIES[family]
+    model = hf.AdaptedModel(bare_model(family), scale=2.0, target_modules=targets)
+    whole = some_adapter(model)
+    upper, lower = split(whole, keep=(3, 4, 5)), split(whole, keep=(0, 1, 2))
+    if below == "loaded before":
+        model.load(whole)
+    live = model.load(upper, frozen=lower if below == "frozen" else Adapter({}))
+    entered = {}
+    for number, block in enumerate(model.model.get_submodule(blocks)):
+        block.register_forward_pre_hook(lambda _, inputs, number=number: entered.update({number: inputs[0]}))
+    model.model(**batch(), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+    for hidden in entered.values():  # neither block's input is part of a graph
+        assert not hidden.requires_grad
+        assert hidden.grad_fn is None
+    assert all(tensor.grad is not None for tensor in live.tensors().values())
+    inside = [p for name, p in model.model.named_parameters() if name.startswith(f"{blocks}.0.")]
+    assert not any(p.grad is not None for p in inside)
+    if below == "frozen":
+        assert not any(p.requires_grad for p in inside)
+
+
+@families
+def test_only_the_factors_that_are_asked_for_are_trained(family):
+    model = hf.AdaptedModel(bare_model(family), scale=2.0, target_modules=FAMILIES[family][1])
+    for train in ("A", "B", "AB", ""):
+        live = model.load(some_adapter(model), train=train)
+        for part in live.layers.values():
+            assert (part.A.requires_grad, part.B.requires_grad) == ("A" in train, "B" in train)
+
+
+@torch.no_grad()
+def test_transposed_layers_are_saved_so_that_stock_peft_loads_them(tmp_path):
+    bare = bare_model("gpt2")
+    model = hf.AdaptedModel(copy.deepcopy(bare), scale=2.0, target_modules=FAMILIES["gpt2"][1])
+    assert [(layer.d_out, layer.d_in, layer.block) for layer in model.layers[:3]] == [
+        (96, 32, 0),
+        (48, 32, 0),
+        (32, 48, 0),
+    ]
+    adapter = some_adapter(model)
+    save(tmp_path, adapter, model)
+    assert same(hf.read_adapter(tmp_path, scale=2.0), adapter)
+    model.load(adapter)
+    with warnings.catch_warnings():  # PEFT sees that these layers are transposed, and says so
+        warnings.simplefilter("ignore")
+        stock = peft.PeftModel.from_pretrained(bare, str(tmp_path)).eval()
+    assert torch.allclose(stock(**batch()).logits, model.model(**batch()).logits, atol=1e-5)
+    assert torch.allclose(stock.merge_and_unload()(**batch()).logits, model.model(**batch()).logits, atol=1e-4)
+
+
+@families
+@torch.no_grad()
+def test_formed_factors_are_used_and_can_be_replaced_by_stored_ones(family):
+    model = hf.AdaptedModel(bare_model(family), scale=2.0, target_modules=FAMILIES[family][1])
+    adapter = some_adapter(model)
+    model.load(adapter)
+    plain = model.model(**batch()).logits
+    model.form({name: LowRank(part.A, 2 * part.B) for name, part in adapter.layers.items()})
+    assert not torch.allclose(model.model(**batch()).logits, plain, atol=1e-3)
+    model.form({name: LowRank(2 * part.A, part.B / 2) for name, part in adapter.layers.items()})
+    assert torch.allclose(model.model(**batch()).logits, plain, atol=1e-5)
+    model.load(adapter)
+    assert torch.equal(model.model(**batch()).logits, plain)
+
+
 def test_the_head_is_a_function_of_the_seed_and_global_randomness_is_left_alone(base):
     torch.manual_seed(5)
     expected = torch.rand(1)
@@ -186,14 +304,14 @@ def test_targets_that_match_nothing_are_answered_with_the_names_there_are(base):
 @pytest.mark.parametrize(
     "content", [None, "{}", '{"peft_type": "LORA", "lora_alpha": 2, "use_dora": true}', "not json"]
 )
-def test_what_is_no_plain_lora_is_refused(base, tmp_path, content):
+def test_what_is_neither_lora_nor_dora_is_refused(base, tmp_path, content):
     model = adapted(base)
     save(tmp_path, some_adapter(model), model, base)
     if content is None:
         (tmp_path / "adapter_model.safetensors").write_bytes(b"rubbish")
     else:
         (tmp_path / "adapter_config.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"no PEFT adapter can be read|expected plain LoRA|there is no lora_alpha"):
+    with pytest.raises(ConfigError, match=r"no PEFT adapter can be read|got another kind|there is no lora_alpha"):
         hf.read_adapter(tmp_path, scale=2.0)
 
 

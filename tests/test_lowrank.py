@@ -134,6 +134,23 @@ def test_svd_of_a_zero_product_can_learn(dtype, d_in, d_out, rank):
         assert found.A.dtype == found.B.dtype == dtype
 
 
+@given(parts(), RANKS, st.floats(0.01, 1))
+def test_svd_keeps_the_fewest_directions_that_hold_the_energy(part, rank, energy):
+    squares = torch.linalg.svdvals(part.product).square()
+    held = squares.cumsum(0) / squares.sum()
+    fewest = int((held < energy - 1e-9).sum()) + 1
+    found = lowrank.svd(part, rank, rng(), energy=energy)
+    assert found.rank == rank
+    assert_close(found.product, dense_best(part.product, min(rank, fewest))[0], 1e-6)
+    assert_orthonormal_while_there_is_room(found.A)
+
+
+def test_svd_with_all_of_the_energy_keeps_the_smallest_direction():
+    # Its share of the energy, 1e-10, is lost when summed from the large end in single precision.
+    part = LowRank(torch.eye(2, 5), torch.tensor([[1.0, 0], [0, 1e-5], [0, 0]]))
+    assert_close(lowrank.svd(part, 2, rng()).B[1, 1], part.B[1, 1], 1e-9)
+
+
 def test_svd_keeps_small_singular_values_of_a_large_layer():
     # A threshold that grows with the sides of the layer, as for dense matrices, would cut off the last two.
     d, S = 1500, torch.tensor([1.0, 1e-2, 1e-4, 1e-5])

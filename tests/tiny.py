@@ -1,11 +1,18 @@
-"""A real but tiny BERT with a tokenizer, and a labelled csv file, made on the spot."""
+"""Real but tiny models, one with a tokenizer, and a labelled csv file, made on the spot."""
 
 import csv
 import random
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizerFast,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
 
 WORDS = [
     "the",
@@ -29,23 +36,46 @@ WORDS = [
 ]
 
 
-def write_model(folder: Path) -> Path:
-    """Two layers, width 32; feed-forward 48 wide, so that not every matrix is square."""
-    folder.mkdir(parents=True)
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+LABELS = {0: "kind", 1: "unkind", 2: "unsure"}
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+# Two layers, width 32; feed-forward 48 wide, so that not every matrix is square.
+BERT = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.2,  # an untrained model at the usual 0.02 hardly passes anything on
+}
+GPT2 = {
+    "vocab_size": len(VOCABULARY),
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_inner": 48,
+    "n_positions": 32,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+
+
+def bare_model(family: str) -> torch.nn.Module:
+    """A classifier of three classes with random weights, the same ones each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=48,
-            max_position_embeddings=32,
-            initializer_range=0.2,  # an untrained model at the usual 0.02 hardly passes anything on
-        )
-        BertModel(config).save_pretrained(folder)
+        if family == "bert":
+            return BertForSequenceClassification(BertConfig(**BERT, id2label=LABELS)).eval()
+        return GPT2ForSequenceClassification(GPT2Config(**GPT2, id2label=LABELS)).eval()
+
+
+def write_model(folder: Path) -> Path:
+    """A BERT without a head, and its tokenizer."""
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertModel(BertConfig(**BERT)).save_pretrained(folder)
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     return folder
 

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from anyrank.errors import ShapeError
 
-__all__ = ["NOTHING", "Adapter", "LowRank"]
+__all__ = ["CHANGE", "MAGNITUDE", "NOTHING", "Adapter", "LowRank"]
+
+MAGNITUDE, CHANGE = ".magnitude", ".change"
+"""After a layer's name, the dense tensor that it may have of its own: norms of its rows, or a change of its whole weight."""
 
 
 @dataclass(frozen=True, eq=False)

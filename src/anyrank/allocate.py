@@ -1,10 +1,10 @@
-"""Who gets which rank and which device: the policies of a recipe, and the plans that methods share.
+"""Who gets which rank and which device: the policies of a recipe, and the plans and scores that methods share.
 
 A policy is a function of the clients and a generator; its keyword arguments are what a recipe can set. Ranks
 are drawn once per run and stored, never per round: runs with redrawn ranks cannot be compared.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -259,6 +259,16 @@ def at_own_rank(state: State, devices: Sequence[Device]) -> list[Plan]:
     return [at_rank(state.spec, device, device.rank) for device in devices]
 
 
+def at_random_slots(state: State, devices: Sequence[Device]) -> list[Plan]:
+    """Everyone trains as many of the server's slots as its device affords, drawn anew in every round."""
+    rank, plans = max(state.spec.levels), []
+    for plan in at_own_rank(state, devices):
+        rng = numpy_generator(state.spec.seed, "slots", state.round, plan.client)
+        drawn = rng.choice(rank, size=plan.rank, replace=False).tolist()
+        plans.append(replace(plan, slots=tuple(sorted(drawn))))
+    return plans
+
+
 def at_depth(spec: Spec, device: Device, ranks: Mapping[str, int], depth: int) -> Plan:
     """A plan that trains the layers of the last `depth` blocks that hold any, each at the rank given for it."""
     blocks = spec.blocks[len(spec.blocks) - depth :]
@@ -283,30 +293,20 @@ def seconds_by_depth(spec: Spec, device: Device, ranks: Mapping[str, int]) -> li
 def fisher(live: Adapter) -> dict[str, float]:
     """For `Method.observe`: the sum of squared gradients of each layer's factors, an empirical Fisher score."""
     return {
-        f"fisher {name}": sum(float(f.grad.square().sum()) for f in (part.A, part.B) if f.grad is not None)
+        f"fisher {name}": sum((float(f.grad.square().sum()) for f in (part.A, part.B) if f.grad is not None), 0.0)
         for name, part in live.layers.items()
     }
 
 
 def fisher_scores(inbox: Inbox, weights: Sequence[float]) -> dict[str, float]:
     """For each layer, the mean of what clients observed with `fisher`, by step and slot, over those that trained it."""
-    scores, totals = Counter[str](), Counter[str]()
+    scores, totals = defaultdict[str, float](float), defaultdict[str, float](float)
     for (task, update), weight in zip(inbox, weights, strict=True):
         for name, rank in task.plan.ranks.items():
             if (observed := update.metrics.get(f"fisher {name}")) is not None:
                 scores[name] += weight * observed / (task.plan.steps * rank)
                 totals[name] += weight
     return {name: scores[name] / total for name, total in totals.items() if total > 0}
-
-
-def at_random_slots(state: State, devices: Sequence[Device]) -> list[Plan]:
-    """Everyone trains as many of the server's slots as its device affords, drawn anew in every round."""
-    rank, plans = max(state.spec.levels), []
-    for plan in at_own_rank(state, devices):
-        rng = numpy_generator(state.spec.seed, "slots", state.round, plan.client)
-        drawn = rng.choice(rank, size=plan.rank, replace=False).tolist()
-        plans.append(replace(plan, slots=tuple(sorted(drawn))))
-    return plans
 
 
 def due(round: int, warmup: int, refresh: int) -> bool:

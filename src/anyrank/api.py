@@ -278,25 +278,33 @@ def _commit() -> str | None:
 
 
 def _save_adapters(job: Job, folder: RunFolder, progress: Progress) -> None:
+    spread = job.training.local.spread
     if not job.method.claims.personal:
         reached = folder.records()[-1]["accuracy"]
-        _save_adapter(folder, folder.path / "adapter", progress.state.whole, job.base, reached)
+        _save_adapter(folder, folder.path / "adapter", spread(progress.state.whole), job.base, reached)
         return
-    for name, adapter in progress.state.extra.items():
-        if name.startswith("client "):
-            # A client's name comes from the user's data: whatever it holds, it stays one folder under `clients`.
-            client = quote(name.removeprefix("client "), safe=" ").replace(".", "%2E")
-            _save_adapter(folder, folder.path / "clients" / client, adapter, job.base, None)
+    method, memory = job.method, Memory(folder.path / "memory")
+    for plan in method.assign(progress.state, list(progress.fleet.values())):
+        if progress.fleet[plan.client].times is None:
+            continue  # it never took part
+        adapter = method.dispatch(progress.state, plan)
+        if method.enter:
+            adapter = method.enter(adapter, memory.read(plan.client, before=(progress.state.round + 1, 0)))
+        # A client's name comes from the user's data: whatever it holds, it stays one folder under `clients`.
+        client = quote(plan.client, safe=" ").replace(".", "%2E")
+        _save_adapter(folder, folder.path / "clients" / client, spread(adapter), job.base, None)
 
 
 def _save_adapter(folder: RunFolder, out: Path, adapter: Adapter, base: Pretrained, accuracy: float | None) -> None:
     """Write an adapter beside its place and move it there whole, so that a folder with this name is never half written."""
+    scale = folder.info["recipe"]["lora"]["scale"]
+    adapter = hf.factored(adapter, scale=scale)
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     hf.write_adapter(
         temporary,
         adapter,
-        scale=folder.info["recipe"]["lora"]["scale"],
+        scale=scale,
         base=base,
         modules_to_save=folder.info["modules_to_save"],
         label_names=folder.info["data"]["label_names"],
@@ -425,7 +433,7 @@ def export(source: Path, rank: int, out: Path) -> Adapter:
         raise RecordError(f"{source} has no global adapter: each client keeps its own, see {source / 'clients'}.")
     if not (source / "adapter").is_dir():
         raise RecordError(f"{source} has no adapter yet: finish it with `anyrank run --resume {source}`.")
-    adapter = folder.final_adapter()
+    adapter = hf.read_adapter(source / "adapter", scale=folder.info["recipe"]["lora"]["scale"])
     largest = max(adapter.ranks.values())
     if not 1 <= rank <= largest:
         raise ConfigError(f"--rank {rank}: expected a rank from 1 to {largest}, the rank of the run's adapter.")
@@ -434,6 +442,8 @@ def export(source: Path, rank: int, out: Path) -> Adapter:
         for name, part in adapter.layers.items()
     }
     small = Adapter(layers, adapter.dense)
-    reached = (folder.records()[-1]["class_accuracy"] or {}).get(str(rank))
+    by_rank = folder.records()[-1]["class_accuracy"] or {}  # of what clients are sent, whose slots may be others
+    same_slots = largest == max(member["rank"] for member in folder.info["fleet"].values())
+    reached = by_rank.get(str(rank)) if same_slots else None
     _save_adapter(folder, out, small, Pretrained(folder.info["base"], folder.info["base"]), reached)
     return small

@@ -129,8 +129,12 @@ def methods(
             promises.add_row(method, paper.rpartition(", ")[2].removeprefix("arXiv "), *rest[:6])
             costs.add_row(method, *rest[6:])
         console.print(promises, costs, sep="")
-        console.print("Papers by arXiv number. Down and up: numbers that travel for each layer; m = d_out, n = d_in, r the")
-        console.print("server's rank, r_k the client's. Server cost for each layer; R is the sum of the clients' ranks.")
+        console.print(
+            "Papers by arXiv number. Down and up: numbers that travel for each layer; m = d_out, n = d_in, r the"
+        )
+        console.print(
+            "server's rank, r_k the client's. Server cost for each layer; R is the sum of the clients' ranks."
+        )
 
 
 @app.command()

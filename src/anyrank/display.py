@@ -175,7 +175,7 @@ def _classes(folder: RunFolder, records: Sequence[Mapping[str, Any]]) -> Table:
 def demand_table(demands: Sequence[Demand], source: Path | str) -> Table:
     """What a round asks of each device class."""
     table = Table(
-        "device class", "clients", "rank", "trainable", "memory", "down", "up", "steps", "seconds",
+        "device class", "clients", "rank", "trainable", "memory", "down/up", "steps", "seconds",
         title=f"{source}: the busiest client of each class, per round (simulated)", title_justify="left", box=box.SIMPLE,
     )  # fmt: skip
     for d in demands:
@@ -185,8 +185,7 @@ def demand_table(demands: Sequence[Demand], source: Path | str) -> Table:
             str(d.rank),
             f"{d.trainable:,}",
             f"{d.memory_bytes / 1e9:.2f}/{d.available_bytes / 1e9:.0f} GB",
-            megabytes(d.bytes_down),
-            megabytes(d.bytes_up),
+            f"{d.bytes_down / 1e6:.1f}/{d.bytes_up / 1e6:.1f} MB",
             str(d.steps),
             f"{d.seconds:.1f}",
         )

@@ -371,9 +371,10 @@ def _federated(federation: Federation, tasks: Sequence[Task]) -> dict[str, float
 
 def _energy(state: State) -> dict[str, float]:
     """Share of the global product's squared singular values in the bands between consecutive class ranks."""
-    if not state.adapter.layers:
+    largest = max(state.adapter.ranks.values(), default=0)
+    levels = [level for level in state.spec.levels if level <= largest]
+    if not levels:
         return {}
-    levels = [level for level in state.spec.levels if level <= max(state.adapter.ranks.values())]
     bounds = list(zip([0, *levels[:-1]], levels, strict=True))
     bands = dict.fromkeys([f"{low + 1}-{high}" for low, high in bounds], 0.0)
     for part in state.whole.layers.values():

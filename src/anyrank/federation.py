@@ -36,11 +36,13 @@ __all__ = [
     "Task",
     "Times",
     "Update",
+    "Weights",
     "make_task",
 ]
 
 Factors = Literal["AB", "A", "B", ""]
 Topology = Literal["star", "hierarchy", "ring", "gossip"]
+Weights = Literal["lora", "dora", "whole"]
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ class Fold:
     """A product that has become part of the base model. Folds are numbered from 1.
 
     A client that holds folds up to a number needs those after it. If that number is below the first fold's in the state, it
-    starts again from the base model as published: the folds before were compressed into that first one.
+    starts again from the base model as published: the folds up to that first one were compressed into it.
     """
 
     number: int
@@ -342,16 +344,16 @@ class State:
     def with_fold(self, layers: Mapping[str, LowRank]) -> "State":
         """The state with one more product in the base model.
 
-        Folds are kept apart until together they have more slots than a layer has dimensions. Then they are compressed into
-        one, exactly but for rounding.
+        Folds are kept apart until together they have more slots than a layer has dimensions. Then those before the new one
+        are compressed into one, exactly but for rounding.
         """
         number = self.folds[-1].number + 1 if self.folds else 1
-        folds = (*self.folds, Fold(number, Adapter(layers)))
-        together = lowrank.together([fold.adapter for fold in folds]).layers
-        if any(part.rank > min(part.A.shape[1], part.B.shape[0]) for part in together.values()):
-            compact = {name: lowrank.compact(part) for name, part in together.items()}
-            folds = (Fold(number, Adapter(compact)),)
-        return replace(self, folds=folds)
+        new, before = Fold(number, Adapter(layers)), self.folds
+        together = lowrank.together([fold.adapter for fold in (*before, new)]).layers
+        if before and any(part.rank > min(part.A.shape[1], part.B.shape[0]) for part in together.values()):
+            old = lowrank.together([fold.adapter for fold in before]).layers
+            before = (Fold(number - 1, Adapter({name: lowrank.compact(part) for name, part in old.items()})),)
+        return replace(self, folds=(*before, new))
 
     def with_notes(self, **notes: Any) -> "State":
         """The state with these remembered notes added or replaced."""
@@ -414,8 +416,10 @@ class Local(NamedTuple):
         form: from the live adapter, at every step, the factors that the forward pass uses; may draw random numbers. None
             where those are the trained tensors themselves.
         leave: from the trained adapter, the one to send; the inverse of `enter`.
+        layers: from the model's layers, those of the run's adapters, where these are not the same: layers may share factors.
+        spread: from an adapter in the run's layers, the one in the model's.
         weights: what the forward pass makes of the factors: `lora` adds their product; `dora` adds it and rescales the rows
-            of the sum; `whole` has none, the adapted layers' own weights are trained.
+            of the sum; `whole` has none, a change of the layer's weight is trained, a dense tensor.
     """
 
     optimizer: Callable[[Adapter, float, float], Optimizer]
@@ -424,7 +428,9 @@ class Local(NamedTuple):
     enter: Callable[[Adapter], Adapter]
     form: Callable[[Adapter, Generator], Adapter] | None
     leave: Callable[[Adapter], Adapter]
-    weights: Literal["lora", "dora", "whole"] = "lora"
+    layers: Callable[[tuple[Layer, ...]], tuple[Layer, ...]]
+    spread: Callable[[Adapter], Adapter]
+    weights: Weights = "lora"
 
 
 class Method(NamedTuple):

@@ -2,7 +2,8 @@
 
 Inside, a layer is called as in the base model (`encoder.layer.0.attention.self.query`) and the run's one scale is in
 front of every product. In a PEFT directory the same tensors are `base_model.model.<layer>.lora_A.weight`, and
-`lora_alpha = scale * r` per layer says the same thing.
+`lora_alpha = scale * r` per layer says the same thing. What a layer trains besides its factors is a dense tensor of its
+own: `<layer>.magnitude` with DoRA (`<layer>.lora_magnitude_vector` there), `<layer>.change` where weights are trained whole.
 """
 
 import contextlib
@@ -20,19 +21,27 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from anyrank.adapter import NOTHING, Adapter, LowRank
+from anyrank import lowrank
+from anyrank.adapter import CHANGE, MAGNITUDE, NOTHING, Adapter, LowRank
 from anyrank.device import transformer_cost
 from anyrank.errors import ConfigError
-from anyrank.federation import Factors, Layer, ModelCost
+from anyrank.federation import Factors, Layer, ModelCost, Weights
 from anyrank.pretrained import Pretrained
 from anyrank.seeding import seed_of
 
-__all__ = ["AdaptedModel", "load_classifier", "load_tokenizer", "read_adapter", "write_adapter"]
+__all__ = ["AdaptedModel", "factored", "load_classifier", "load_tokenizer", "read_adapter", "write_adapter"]
 
 _NAME, _FROZEN = "default", "frozen"  # what is trained, and what is only applied
 _PREFIX = "base_model.model."
+_OWN: Mapping[Weights, str] = {
+    "lora": "",
+    "dora": MAGNITUDE,
+    "whole": CHANGE,
+}  # what a layer trains besides its factors
+_SAVED_MAGNITUDE = ".lora_magnitude_vector"  # in a PEFT directory
 _INNER = ("intermediate_size", "hidden_dim", "ffn_dim", "n_inner")  # the width of a feed-forward layer, by model family
 _LINEAR = (nn.Linear, Conv1D)  # the second is GPT-2's: a linear layer whose weight is stored transposed
 _HEADS = ("classifier", "score")  # what transformers calls the head of a sequence classifier
@@ -100,14 +109,15 @@ class AdaptedModel:
     """One frozen base model into which adapters of any rank and depth are swapped.
 
     Args:
-        model: the base model; LoRA modules are injected in place.
+        model: the base model; what is trained is injected in place.
         scale: the run's scale in front of `B A`.
         target_modules: names (or last parts of names) of the linear layers to adapt; None takes PEFT's default for the model.
         modules_to_save: names of modules trained whole beside the classification head.
+        weights: what becomes of an adapted layer's weight, as in `Local.weights`.
 
     Attributes:
         layers: the adapted layers, input to output.
-        dense: current values of the tensors trained whole, by parameter name.
+        dense: current values of the tensors trained whole, by parameter name, with the adapted layers' own ones.
 
     Raises:
         ConfigError: target modules that match nothing, or something that is not a linear layer.
@@ -122,23 +132,21 @@ class AdaptedModel:
         scale: float,
         target_modules: Sequence[str] | None = None,
         modules_to_save: Sequence[str] = (),
+        weights: Weights = "lora",
     ):
-        """Inject LoRA, freeze the rest."""
+        """Inject what is trained, freeze the rest."""
         self.modules_to_save = sorted({*_heads(model), *modules_to_save})
+        self._scale, self._weights = scale, weights
         names = _targets(model, target_modules, self.modules_to_save)
-        config = peft.LoraConfig(r=1, lora_alpha=scale, target_modules=names)  # pyright: ignore[reportArgumentType]
-        with torch.random.fork_rng(devices=[]):  # PEFT draws first values, which `load` replaces
-            model = peft.inject_adapter_in_model(config, model, adapter_name=_NAME)
-            with warnings.catch_warnings():  # PEFT remarks on a second adapter, which is what we want
-                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-                model = peft.inject_adapter_in_model(config, model, adapter_name=_FROZEN)
-        self.model = model.requires_grad_(False).eval()
-        self._scale = scale
-        self._lora = {name: self.model.get_submodule(name) for name in names}
-        self._dense = {name: p.requires_grad_(True) for name, p in _saved(self.model, self.modules_to_save)}
+        shapes = [_shape(model.get_submodule(name)) for name in names]
+        self.model = _injected(model, names, scale, weights).requires_grad_(False).eval()
+        self._modules = {name: self.model.get_submodule(name) for name in names}
+        self._own = _own(self._modules, weights)
+        saved = {name: p.requires_grad_(True) for name, p in _saved(self.model, self.modules_to_save)}
+        self._dense = saved | {name + _OWN[weights]: parameter for name, parameter in self._own.items()}
         self.layers = tuple(
-            Layer(name, module.in_features, module.out_features, block)
-            for (name, module), block in zip(self._lora.items(), _blocks(names), strict=True)
+            Layer(name, d_in, d_out, block)
+            for name, (d_out, d_in), block in zip(names, shapes, _blocks(names), strict=True)
         )
 
     @property
@@ -152,45 +160,47 @@ class AdaptedModel:
         """Put an adapter into the model and return the live parameters, to be trained in place.
 
         Layers that neither adapter has are switched off: the base alone answers there, and backward does not enter them.
+        A layer's own dense tensor is trained where `adapter` has the layer.
 
         Args:
             adapter: what can be trained.
-            frozen: what is applied besides.
+            frozen: what is applied besides; only beside plain LoRA.
             scale: a factor on the run's scale, for `adapter` alone.
             train: the factors that require a gradient.
         """
-        for name, module in self._lora.items():
-            part, fixed = adapter.layers.get(name), frozen.layers.get(name)
-            module.set_adapter([_NAME] * bool(part) + [_FROZEN] * bool(fixed))
-            module.scaling[_NAME] = self._scale * scale
-            if part:
-                self._put(module, _NAME, part, train)
-            if fixed:
-                self._put(module, _FROZEN, fixed, "")
+        if self._weights != "whole":
+            for name, module in self._modules.items():
+                part, fixed = adapter.layers.get(name), frozen.layers.get(name)
+                module.set_adapter([_NAME] * bool(part) + [_FROZEN] * bool(fixed))
+                module.scaling[_NAME] = self._scale * scale
+                if part:
+                    self._put(module, _NAME, part, train)
+                if fixed:
+                    self._put(module, _FROZEN, fixed, "")
+        for name, parameter in self._own.items():
+            parameter.requires_grad_(name in adapter.layers)
         with torch.no_grad():
             for name, parameter in self._dense.items():
                 parameter.copy_(adapter.dense[name])
                 parameter.grad = None
-        return self.live(adapter.layers)
+        return Adapter({name: self._live(name, part) for name, part in adapter.layers.items()}, dict(self._dense))
 
     def _put(self, module: Any, adapter: str, part: LowRank, train: Factors) -> None:
         module.lora_A[adapter].weight = nn.Parameter(part.A.clone(), requires_grad="A" in train)
         module.lora_B[adapter].weight = nn.Parameter(part.B.clone(), requires_grad="B" in train)
 
+    def _live(self, name: str, part: LowRank) -> LowRank:
+        """A layer's factors as the model has them; where weights are trained whole it has none."""
+        module = self._modules[name]
+        return part if self._weights == "whole" else LowRank(module.lora_A[_NAME].weight, module.lora_B[_NAME].weight)
+
     def form(self, layers: Mapping[str, LowRank]) -> None:
         """Have the next forward pass use these factors, which may be computed from others that are trained."""
         for name, part in layers.items():
-            for linear, factor in ((self._lora[name].lora_A, part.A), (self._lora[name].lora_B, part.B)):
+            module = self._modules[name]
+            for linear, factor in ((module.lora_A, part.A), (module.lora_B, part.B)):
                 linear[_NAME]._parameters.pop("weight", None)
                 linear[_NAME].weight = factor
-
-    def live(self, layers: Mapping[str, LowRank]) -> Adapter:
-        """The model's own parameters for these layers, as an adapter."""
-        parts = {
-            name: LowRank(*(getattr(self._lora[name], factor)[_NAME].weight for factor in ("lora_A", "lora_B")))
-            for name in layers
-        }
-        return Adapter(parts, dict(self._dense))
 
     @property
     def positions(self) -> int | None:
@@ -203,7 +213,7 @@ class AdaptedModel:
         blocks = 1 + max(_block_of(name) or 0 for name, _ in self.model.named_parameters())
         inside, outside = 0, 0
         for name, module in self.model.named_modules():
-            if isinstance(module, _LINEAR) and "lora_" not in name:
+            if isinstance(module, _LINEAR) and not _is_added(name):
                 size = module.weight.numel()
                 inside, outside = (inside + size, outside) if _block_of(name) is not None else (inside, outside + size)
         return transformer_cost(
@@ -215,8 +225,54 @@ class AdaptedModel:
             intermediate=next((getattr(config, n) for n in _INNER if getattr(config, n, None)), 4 * config.hidden_size),
             batch_size=batch_size,
             tokens=tokens,
-            base_bytes=sum(p.numel() * p.element_size() for n, p in self.model.named_parameters() if "lora_" not in n),
+            base_bytes=sum(p.numel() * p.element_size() for n, p in self.model.named_parameters() if not _is_added(n)),
         )
+
+
+class _Changed(nn.Module):
+    """A weight with a change that is trained, `W0 + change`, `[d_out, d_in]` however the layer stores its weight."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.stored_transposed = isinstance(module, Conv1D)
+        self.change = nn.Parameter(torch.zeros(_shape(module)))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.change.T if self.stored_transposed else self.change)
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    """`d_out, d_in` of a linear layer."""
+    rows, columns = module.weight.shape
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
+def _injected(model: Any, names: Sequence[str], scale: float, weights: Weights) -> Any:
+    """The model with what is trained, and with plain LoRA a second adapter for what is only applied."""
+    if weights == "whole":
+        for name in names:
+            module = model.get_submodule(name)
+            parametrize.register_parametrization(module, "weight", _Changed(module))
+        return model
+    config = peft.LoraConfig(r=1, lora_alpha=scale, target_modules=list(names), use_dora=weights == "dora")  # pyright: ignore[reportArgumentType]
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # first values are drawn, which `load` replaces
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`|fan_in_fan_out is set to")
+        for adapter in [_NAME, _FROZEN] if weights == "lora" else [_NAME]:
+            model = peft.inject_adapter_in_model(config, model, adapter_name=adapter)
+    return model
+
+
+def _own(modules: Mapping[str, Any], weights: Weights) -> dict[str, nn.Parameter]:
+    """By layer, what it trains besides its factors: the magnitudes of its rows, or the change of its weight."""
+    if weights == "dora":
+        return {name: module.lora_magnitude_vector[_NAME].weight for name, module in modules.items()}
+    if weights == "whole":
+        return {name: module.parametrizations.weight[0].change for name, module in modules.items()}
+    return {}
+
+
+def _is_added(name: str) -> bool:
+    return "lora_" in name or name.endswith(CHANGE)
 
 
 def _targets(model: Any, wanted: Sequence[str] | None, saved: Sequence[str]) -> list[str]:
@@ -288,7 +344,7 @@ def write_adapter(
 ) -> None:
     """Write a PEFT directory that `PeftModel.from_pretrained` loads, with label names and a model card beside it.
 
-    The same adapter gives the same bytes.
+    The same adapter gives the same bytes. An adapter with magnitudes becomes one of DoRA.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ranks = dict(sorted(adapter.ranks.items()))
@@ -302,13 +358,14 @@ def write_adapter(
         alpha_pattern={name: scale * rank for name, rank in ranks.items() if rank != top},
         target_modules=list(ranks),
         modules_to_save=list(modules_to_save),
+        use_dora=any(name.endswith(MAGNITUDE) for name in adapter.dense),
         inference_mode=True,
     ).to_dict()
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     _write_json(folder / "adapter_config.json", plain)
     _write_json(folder / "labels.json", {str(i): name for i, name in enumerate(label_names)})
     (folder / "README.md").write_text(card, encoding="utf-8")
-    flat = {f"{_PREFIX}{name}": tensor for name, tensor in adapter.dense.items()}
+    flat = {f"{_PREFIX}{_saved_name(name)}": tensor for name, tensor in adapter.dense.items()}
     for name, part in adapter.layers.items():
         flat[f"{_PREFIX}{name}.lora_A.weight"] = part.A
         flat[f"{_PREFIX}{name}.lora_B.weight"] = part.B
@@ -316,11 +373,30 @@ def write_adapter(
     save_file(contiguous, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
+def _saved_name(dense: str) -> str:
+    """What a PEFT directory calls a dense tensor."""
+    return dense.removesuffix(MAGNITUDE) + _SAVED_MAGNITUDE if dense.endswith(MAGNITUDE) else dense
+
+
+def factored(adapter: Adapter, *, scale: float) -> Adapter:
+    """The same adapter with the changes of whole weights as products of their exact rank, which PEFT can load."""
+    layers, dense = dict(adapter.layers), {}
+    for name, tensor in adapter.dense.items():
+        if name.endswith(CHANGE):
+            d_out, d_in = tensor.shape
+            change, one = tensor / scale, torch.eye(min(d_out, d_in), dtype=tensor.dtype)
+            part = LowRank(change, one) if d_out < d_in else LowRank(one, change)
+            layers[name.removesuffix(CHANGE)] = lowrank.compact(part)
+        else:
+            dense[name] = tensor
+    return Adapter(layers, dense)
+
+
 def read_adapter(folder: Path, *, scale: float) -> Adapter:
-    """Read a PEFT LoRA directory, its scale folded into `B` so that the run's `scale` stands in front.
+    """Read a PEFT LoRA or DoRA directory, its scale folded into `B` so that the run's `scale` stands in front.
 
     Raises:
-        ConfigError: no adapter there, or more than plain LoRA on linear layers (DoRA, trained biases, convolutions).
+        ConfigError: no adapter there, or more than LoRA on linear layers (trained biases, convolutions).
     """
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -334,21 +410,28 @@ def read_adapter(folder: Path, *, scale: float) -> Adapter:
         raise ConfigError(
             f"{folder / 'adapter_config.json'}: there is no lora_alpha; expected what PEFT's LoraConfig saves."
         )
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
-        raise ConfigError(f"{folder}: expected plain LoRA without DoRA and trained biases, got another kind.")
+    magnitudes = any(key.endswith(_SAVED_MAGNITUDE) for key in flat)
+    if (
+        config.get("peft_type") != "LORA"
+        or config.get("bias", "none") != "none"
+        or bool(config.get("use_dora")) != magnitudes
+    ):
+        raise ConfigError(
+            f"{folder}: expected LoRA, or DoRA with its magnitudes, without trained biases; got another kind."
+        )
     layers, dense = {}, {}
     for key, tensor in sorted(flat.items()):
         name = key.removeprefix(_PREFIX)
-        if ".lora_" not in name:
+        if name.endswith(_SAVED_MAGNITUDE):
+            dense[name.removesuffix(_SAVED_MAGNITUDE) + MAGNITUDE] = tensor.float()
+        elif ".lora_" not in name:
             dense[name] = tensor.float()
         elif name.endswith(".lora_A.weight") and (partner := key.replace(".lora_A.", ".lora_B.")) in flat:
             layer = name.removesuffix(".lora_A.weight")
             factor = _scale_of(config, layer, tensor.shape[0]) / scale
             layers[layer] = LowRank(tensor.float(), flat[partner].float() * factor)
         elif not name.endswith(".lora_B.weight") or tensor.ndim != 2:
-            raise ConfigError(
-                f"{folder}: {key} is no factor of plain LoRA on a linear layer, which is all that is read."
-            )
+            raise ConfigError(f"{folder}: {key} is no factor of LoRA on a linear layer, which is all that is read.")
     return Adapter(layers, dense)
 
 

@@ -19,7 +19,7 @@ from anyrank.baselines import BASELINES, Cohort
 from anyrank.config import Baseline, Choices, Recipe
 from anyrank.device import PROFILES, too_small
 from anyrank.errors import ConfigError
-from anyrank.federation import Device, Method, Profile, Spec
+from anyrank.federation import Device, Local, Method, Profile, Spec
 from anyrank.hf import AdaptedModel
 from anyrank.local import LOCALS
 from anyrank.methods import METHODS, proximal, server_optimizer
@@ -88,6 +88,10 @@ class Job:
             remarks.append(
                 f"{self.cohort.method} has no mixed ranks: everyone trains at rank {levels[0]}, the smallest"
             )
+        if self.training.local.weights == "whole":
+            remarks.append(
+                "the adapted layers are trained whole: their rank is 0, and ranks in the recipe are not used"
+            )
         return remarks
 
 
@@ -115,22 +119,24 @@ def prepare(recipe: Recipe) -> Job:
     base = resolve(recipe.model.name)
     examples = _load_data(recipe)
     shards = _partition(recipe, examples)
-    model, start = _load_model(recipe, base, examples)
+    local = _local(recipe)
+    model, start = _load_model(recipe, base, examples, local)
     tokenizer = hf.load_tokenizer(base)
     _check_length(recipe, model, tokenizer)
     encode = partial(data.encode, tokenizer=tokenizer, text=examples.text, max_length=recipe.data.max_length)
     test = encode(examples.test)
     training = Training(
-        local=LOCALS[recipe.local["name"]](**_arguments(recipe.local)),
+        local=local,
         learning_rate=recipe.train.learning_rate,
         weight_decay=recipe.train.weight_decay,
         batch_size=recipe.train.batch_size,
         collate=_Collate(DataCollatorWithPadding(tokenizer)),
     )
     cohort = _cohort(recipe, _fleet(recipe, examples, shards), shards)
+    method = _method(recipe, cohort)
     levels = tuple(sorted({device.rank for device in cohort.fleet.values()}))
     cost = model.cost(batch_size=recipe.train.batch_size, tokens=recipe.data.max_length)
-    spec = Spec(model.layers, levels, recipe.lora.scale, recipe.seed, start, cost)
+    spec = Spec(local.layers(model.layers), levels, recipe.lora.scale, recipe.seed, start, cost)
     job = Job(
         recipe=recipe,
         base=base,
@@ -141,8 +147,8 @@ def prepare(recipe: Recipe) -> Job:
         training=training,
         cohort=cohort,
         spec=spec,
-        method=_method(recipe, cohort),
-        topology=_topology(recipe, cohort),
+        method=method,
+        topology=_topology(recipe, cohort, method),
     )
     _check_ranks(job)
     return job
@@ -183,7 +189,27 @@ def _partition(recipe: Recipe, examples: data.Labelled) -> dict[str, np.ndarray]
     return shards
 
 
-def _load_model(recipe: Recipe, base: Pretrained, examples: data.Labelled) -> tuple[AdaptedModel, Adapter]:
+def _local(recipe: Recipe) -> Local:
+    """How clients train: the method's way, where it brings one, or the recipe's."""
+    method = METHODS[recipe.method["name"]](**_arguments(recipe.method))
+    own, name, chosen = method.local, recipe.method["name"], recipe.local["name"]
+    local = own or LOCALS[chosen](**_arguments(recipe.local))
+    problems = []
+    if own and recipe.local != Recipe.model_fields["local"].default:
+        problems.append(f"local.name: {name} brings its own way of training; leave {chosen!r} out.")
+    if local.weights != "lora" and (method.claims.folds or method.frozen):
+        problems.append(
+            f"local.name: {chosen} does not work with {name}, whose clients apply products that they do not train: these "
+            "have no place under the magnitudes. Use another way of training, or another method."
+        )
+    if problems:
+        raise ConfigError(problems)
+    return local
+
+
+def _load_model(
+    recipe: Recipe, base: Pretrained, examples: data.Labelled, local: Local
+) -> tuple[AdaptedModel, Adapter]:
     """The model, and the adapter to start from: one that the recipe names, or just the head's first values."""
     classifier = hf.load_classifier(base, label_names=examples.label_names, seed=recipe.seed)
     table = recipe.lora
@@ -192,11 +218,12 @@ def _load_model(recipe: Recipe, base: Pretrained, examples: data.Labelled) -> tu
         scale=table.scale,
         target_modules=table.target_modules,
         modules_to_save=table.modules_to_save,
+        weights=local.weights,
     )
     if table.start is None:
         return model, Adapter({}, model.dense)
     start = hf.read_adapter(Path(table.start), scale=table.scale)
-    _check_start(table.start, start, model)
+    _check_start(table.start, start, model, local)
     return model, Adapter(start.layers, {**model.dense, **start.dense})
 
 
@@ -211,8 +238,10 @@ def _check_length(recipe: Recipe, model: AdaptedModel, tokenizer: Any) -> None:
         raise ConfigError(problems)
 
 
-def _check_start(folder: str, start: Adapter, model: AdaptedModel) -> None:
+def _check_start(folder: str, start: Adapter, model: AdaptedModel, local: Local) -> None:
     shapes = {layer.name: (layer.d_out, layer.d_in) for layer in model.layers}
+    if local.weights == "whole" or local.layers(model.layers) != model.layers:
+        raise ConfigError("lora.start: this way of training can only start from the base model; leave it out.")
     problems = []
     for name, part in start.layers.items():
         if not all(torch.isfinite(factor).all() for factor in (part.A, part.B)):
@@ -226,7 +255,10 @@ def _check_start(folder: str, start: Adapter, model: AdaptedModel) -> None:
     dense = model.dense
     for name, tensor in start.dense.items():
         if name not in dense or dense[name].shape != tensor.shape:
-            problems.append(f"lora.start: {folder}: {name} {list(tensor.shape)} does not fit this model's head.")
+            problems.append(f"lora.start: {folder}: {name} {list(tensor.shape)} is nothing that this run trains.")
+    lacking = [name for name in dense if name not in start.dense and name.rpartition(".")[0] in start.layers]
+    if lacking:
+        problems.append(f"lora.start: {folder} lacks {lacking[0]}; expected an adapter of the same kind, such as DoRA.")
     if problems:
         raise ConfigError(problems)
 
@@ -241,9 +273,12 @@ def _fleet(recipe: Recipe, examples: data.Labelled, shards: Mapping[str, np.ndar
     kept = {client: _kept(recipe, client, shard) for client, shard in shards.items()}
     sizes = {client: len(rows) for client, rows in kept.items()}
     candidates = [Candidate(c, kinds[c], sizes[c], classes[kinds[c]].rank) for c in shards]
-    policy = RANK_POLICIES[recipe.ranks["name"]]
-    ranks = policy(candidates, numpy_generator(recipe.seed, "ranks"), **_arguments(recipe.ranks))
-    ranks = ordered(ranks, sizes, order=recipe.fleet.rank_order)
+    if _local(recipe).weights == "whole":
+        ranks = dict.fromkeys(shards, 0)
+    else:
+        policy = RANK_POLICIES[recipe.ranks["name"]]
+        ranks = policy(candidates, numpy_generator(recipe.seed, "ranks"), **_arguments(recipe.ranks))
+        ranks = ordered(ranks, sizes, order=recipe.fleet.rank_order)
     return {
         c: Device(
             c, kinds[c], profiles[kinds[c]], ranks[c], sizes[c], _steps(recipe, sizes[c]), _labels(examples, kept[c])
@@ -308,14 +343,19 @@ def _method(recipe: Recipe, cohort: Cohort) -> Method:
     if recipe.train.prox_mu:
         method = proximal(method, recipe.train.prox_mu)
     if recipe.server.learning_rate != 1 or recipe.server.momentum:
+        if method.claims.folds:
+            raise ConfigError(
+                f"server: {cohort.method} adds products to the base model, on which a server learning rate or momentum cannot "
+                "act. Leave server.learning_rate and server.momentum out, or use another method."
+            )
         method = server_optimizer(method, learning_rate=recipe.server.learning_rate, momentum=recipe.server.momentum)
     return method
 
 
-def _topology(recipe: Recipe, cohort: Cohort) -> Topology:
-    if recipe.baseline == "centralised":
-        return TOPOLOGIES["star"]()
-    check_topology(cohort.method, METHODS[cohort.method]().claims, recipe.topology["name"])
+def _topology(recipe: Recipe, cohort: Cohort, method: Method) -> Topology:
+    if recipe.baseline in ("centralised", "local_only"):
+        return TOPOLOGIES["star"]()  # there is nobody to average with
+    check_topology(cohort.method, method.claims, recipe.topology["name"])
     return TOPOLOGIES[recipe.topology["name"]](**_arguments(recipe.topology))
 
 
@@ -348,11 +388,12 @@ def with_baseline(job: Job, baseline: Baseline, examples: int) -> Job:
     recipe = job.recipe.model_copy(update={"baseline": baseline, "compare": []})
     cohort = _cohort(recipe, _fleet(recipe, job.examples, job.cohort.shards), job.cohort.shards, examples)
     levels = tuple(sorted({device.rank for device in cohort.fleet.values()}))
+    method = _method(recipe, cohort)
     return replace(
         job,
         recipe=recipe,
         cohort=cohort,
         spec=replace(job.spec, levels=levels),
-        method=_method(recipe, cohort),
-        topology=_topology(recipe, cohort),
+        method=method,
+        topology=_topology(recipe, cohort, method),
     )

@@ -164,16 +164,18 @@ def _mean(parts: Sequence[LowRank], shares: Sequence[Tensor], previous: LowRank,
     return LowRank(torch.where(covered[:, None], A, previous.A), torch.where(covered, B, previous.B))
 
 
-def svd(part: LowRank, rank: int, rng: torch.Generator) -> LowRank:
+def svd(part: LowRank, rank: int, rng: torch.Generator, *, energy: float = 1.0) -> LowRank:
     """The best approximation of the product at `rank`, with its singular values in B: `A = V^T`, `B = U S`.
 
     QR of both factors leaves an SVD of at most `R x R`, `R = part.rank`: `O(R^2 (d_in + d_out) + R^3)`. Slots come sorted, so
     that a prefix is again the best approximation of its rank. Where the product has fewer than `rank` directions, the
     remaining rows of A are drawn from `rng`, orthonormal to the others while there is room, and B is zero there, so that
     these slots can learn. Signs are fixed: the entry of largest size in each row of A is positive.
+
+    With `energy` below 1, only as many directions are kept as hold this share of all squared singular values.
     """
     U, S, Vt = _factored_svd(part)
-    kept = min(rank, _significant(S, part))
+    kept = min(rank, _significant(S, part), _holding(S, energy))
     A = _complete(Vt[:kept], rank, rng)
     B = torch.cat([U[:, :kept] * S[:kept], U.new_zeros(U.shape[0], rank - kept)], dim=1)
     sign = torch.where(A.gather(1, A.abs().argmax(dim=1, keepdim=True)) < 0, -1.0, 1.0)
@@ -196,6 +198,12 @@ def _significant(S: Tensor, part: LowRank) -> int:
     # What rounding leaves of a zero singular value is a few eps of the largest (6 eps at rank 128, measured).
     noise = torch.finfo(S.dtype).eps * max(10, part.rank)
     return int((S[:1] * noise < S).sum())
+
+
+def _holding(S: Tensor, energy: float) -> int:
+    """How many singular values, from the largest on, hold this share of the sum of their squares."""
+    left = S.double().square().flip(0).cumsum(0).flip(0)  # from each of them on, summed from the small end
+    return int((left > (1 - energy) * left[:1]).sum())
 
 
 def _factored_svd(part: LowRank) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,5 @@
 """What clients keep for themselves between their rounds. It never crosses the wire."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -11,7 +10,7 @@ __all__ = ["Memory"]
 
 
 class Memory:
-    """A folder with a file for each client and round, the two newest of each client.
+    """A folder with a file for each client, round and phase; of the two newest rounds of each client.
 
     Two, because a round that is played again after a kill must not see what its first try left.
 
@@ -23,24 +22,27 @@ class Memory:
         """Nothing is read or written yet."""
         self.folder = folder
 
-    def read(self, client: str, *, before: int) -> Adapter | None:
-        """The newest that was kept in a round below `before`."""
-        rounds = [round for round in self._rounds(client) if round < before]
-        return decode(self._file(client, max(rounds)).read_bytes())[0]["kept"] if rounds else None
+    def read(self, client: str, *, before: tuple[int, int]) -> Adapter | None:
+        """The newest that was kept before a round and phase."""
+        kept = [when for when in self._kept(client) if when < before]
+        return decode(self._file(client, max(kept)).read_bytes())[0]["kept"] if kept else None
 
-    def write(self, client: str, round: int, adapter: Adapter) -> None:
-        """Keep an adapter of a round, and forget all but the two newest."""
-        file = self._file(client, round)
+    def write(self, client: str, when: tuple[int, int], adapter: Adapter) -> None:
+        """Keep an adapter of a round and phase, and forget all but the two newest rounds."""
+        file = self._file(client, when)
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(".tmp")
         temporary.write_bytes(encode({"kept": adapter}, {}))
         temporary.replace(file)
-        for old in sorted(self._rounds(client))[:-2]:
-            self._file(client, old).unlink()
+        newest = sorted({round for round, _ in self._kept(client)})[-2:]
+        for old in self._kept(client):
+            if old[0] not in newest:
+                self._file(client, old).unlink()
 
-    def _rounds(self, client: str) -> Iterator[int]:
-        return (int(file.stem) for file in self._file(client, 0).parent.glob("*.safetensors"))
+    def _kept(self, client: str) -> list[tuple[int, int]]:
+        names = [file.stem.split("-") for file in self._file(client, (0, 0)).parent.glob("*-*.safetensors")]
+        return [(int(round), int(phase)) for round, phase in names]
 
-    def _file(self, client: str, round: int) -> Path:
+    def _file(self, client: str, when: tuple[int, int]) -> Path:
         # A client's name comes from the user's data: whatever it holds, it stays one folder.
-        return self.folder / quote(client, safe=" ").replace(".", "%2E") / f"{round}.safetensors"
+        return self.folder / quote(client, safe=" ").replace(".", "%2E") / f"{when[0]}-{when[1]}.safetensors"

@@ -156,7 +156,7 @@ def hierarchy(*, edges: Annotated[int, Ge(1)] = 2, repeats: Annotated[int, Ge(1)
             if answered:
                 inbox.append(_answer(method, name, plans, state, edge))
                 sizes.append(sum(examples[plan.client] for plan in plans))
-                round.carry(nbytes(state.adapter), nbytes(inbox[-1][1].adapter))
+                round.carry(nbytes(state.adapter, plans[0].down), nbytes(inbox[-1][1].adapter, plans[0].up))
         if not inbox:
             return Played(state, {}, max(seconds, default=0.0))
         after = reduce(method, state, inbox, [size / sum(sizes) for size in sizes])

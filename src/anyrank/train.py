@@ -37,7 +37,7 @@ class Training:
     """How every client trains.
 
     Args:
-        local: the way of training, unless the method brings one.
+        local: the way of training: the method's, where it brings one, or the recipe's.
         learning_rate: of the optimizer.
         weight_decay: of the optimizer.
         batch_size: examples a step.
@@ -121,7 +121,7 @@ def train(
 
 def _live(model: AdaptedModel, local: Local, task: Task, inner: Adapter) -> Adapter:
     """The tensors that the optimizer moves: the model's own, or leaves from which its factors are formed."""
-    frozen, plan = task.applied, task.plan
+    frozen, plan = local.spread(task.applied), task.plan
     if local.form is None:
         return model.load(inner, frozen=frozen, scale=plan.scale, train=plan.train)
     formed = local.form(inner, torch.Generator())
@@ -157,7 +157,8 @@ def evaluate(
     scale: float = 1.0,
 ) -> Score:
     """Score an adapter on examples; in order of length they are padded least."""
-    model.load(adapter, frozen=frozen, scale=scale)
+    spread = training.local.spread
+    model.load(spread(adapter), frozen=spread(frozen), scale=scale)
     size = 4 * training.batch_size  # no gradients are kept, so larger batches fit
     loss, correct = 0.0, 0
     for first in range(0, len(data), size):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from anyrank.adapter import Adapter
-from anyrank.federation import Local
+from anyrank.federation import Layer, Local
 
 __all__ = ["lora", "trained"]
 
@@ -28,7 +28,12 @@ def lora() -> Local:
     def unchanged(adapter: Adapter) -> Adapter:
         return adapter
 
-    return Local(optimizer, on_grad, on_step, enter=unchanged, form=None, leave=unchanged)
+    def layers(of_model: tuple[Layer, ...]) -> tuple[Layer, ...]:
+        return of_model
+
+    return Local(
+        optimizer, on_grad, on_step, enter=unchanged, form=None, leave=unchanged, layers=layers, spread=unchanged
+    )
 
 
 def trained(live: Adapter) -> list[Tensor]:

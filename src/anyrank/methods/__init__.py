@@ -2,28 +2,72 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from anyrank.federation import Method
+from anyrank.methods.adf_lora import adf_lora
+from anyrank.methods.anyrank import anyrank
+from anyrank.methods.fed_hello import fed_hello
+from anyrank.methods.fed_plora import fed_plora
 from anyrank.methods.fedavg import fedavg
+from anyrank.methods.fedex_lora import fedex_lora
+from anyrank.methods.fedilora import fedilora
+from anyrank.methods.fedsa_lora import fedsa_lora
+from anyrank.methods.ffa_lora import ffa_lora
 from anyrank.methods.flexlora import flexlora
+from anyrank.methods.flora import flora
+from anyrank.methods.florist import florist
+from anyrank.methods.fslora import fslora
+from anyrank.methods.galore import galore
 from anyrank.methods.hetlora import hetlora
+from anyrank.methods.hier_fedlora import hier_fedlora
 from anyrank.methods.hlora import hlora
+from anyrank.methods.hra_lora import hra_lora
+from anyrank.methods.legend import legend
 from anyrank.methods.local_only import local_only
+from anyrank.methods.lora_fair import lora_fair
+from anyrank.methods.prelort import prelort
+from anyrank.methods.rac_lora import rac_lora
+from anyrank.methods.raflora import raflora
+from anyrank.methods.rb_lora import rb_lora
 from anyrank.methods.rbla import rbla
+from anyrank.methods.rolora import rolora
+from anyrank.methods.tad_lora import tad_lora
 from anyrank.methods.wrappers import proximal, server_optimizer
 from anyrank.methods.zero_padding import zero_padding
 
 __all__ = ["METHODS", "describe", "overview", "proximal", "server_optimizer"]
 
-METHODS: Mapping[str, Callable[..., Method]] = {
+METHODS: dict[str, Callable[..., Method]] = {
     "fedavg": fedavg,
     "zero_padding": zero_padding,
     "hetlora": hetlora,
     "rbla": rbla,
     "flexlora": flexlora,
     "hlora": hlora,
+    "raflora": raflora,
+    "rb_lora": rb_lora,
+    "fedilora": fedilora,
+    "prelort": prelort,
+    "fslora": fslora,
+    "fed_plora": fed_plora,
+    "florist": florist,
+    "flora": flora,
+    "fedex_lora": fedex_lora,
+    "rac_lora": rac_lora,
+    "lora_fair": lora_fair,
+    "legend": legend,
+    "hier_fedlora": hier_fedlora,
+    "fed_hello": fed_hello,
+    "hra_lora": hra_lora,
+    "ffa_lora": ffa_lora,
+    "rolora": rolora,
+    "fedsa_lora": fedsa_lora,
+    "adf_lora": adf_lora,
+    "tad_lora": tad_lora,
+    "galore": galore,
+    "anyrank": anyrank,
     "local_only": local_only,
 }
 

@@ -27,5 +27,12 @@ def local_only() -> Method:
         mine = {f"client {update.client}": update.adapter for _, update in inbox if update.adapter}
         return state.with_extra(mine)
 
-    claims = baseline.claims._replace(paper="none: a baseline", cost="none", keeps_no_op=True, personal=True)
+    claims = baseline.claims._replace(
+        paper="none: a baseline",
+        cost="none",
+        keeps_no_op=True,
+        personal=True,
+        topologies=("star",),
+        needs="there is nothing to average",
+    )
     return baseline._replace(dispatch=dispatch, aggregate=aggregate, claims=claims)

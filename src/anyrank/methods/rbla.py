@@ -6,7 +6,8 @@ ICWS 2024, arXiv 2408.08699.
     A[j]    = sum_{k: r_k > j} w_k A_k[j]    / sum_{k: r_k > j} w_k
     B[:, j] = sum_{k: r_k > j} w_k B_k[:, j] / sum_{k: r_k > j} w_k        client k is sent the first r_k slots
 
-Names: w_k = weights (data sizes), r_k = rank of the update, j = slot.
+Names: w_k = weights (data sizes), r_k = rank of the update, j = slot. `fedilora` and the server's step of `prelort` are
+this rule, and this code.
 Deviations: slots that nobody owns this round keep their value (the authors' code makes them zero, which is for good).
 Cost: O(sum_k r_k (d_in + d_out)); up and down one adapter of the client's rank.
 """

@@ -39,26 +39,22 @@ def server_optimizer(method: Method, *, learning_rate: float, momentum: float) -
     factored: three stacked terms, then the truncated SVD. Dense tensors take the same step. With momentum, what was moving
     coasts on, whether or not a client holds it, so the claims about standing still are withdrawn.
     """
-    coefficients = (1 - learning_rate + momentum, learning_rate, -momentum)
+
+    def moved(x: Tensor, aggregated: Tensor, previous: Tensor) -> Tensor:
+        return x + learning_rate * (aggregated - x) + momentum * (x - previous)
 
     def step(before: State, after: State) -> State:
         after = method.step(before, after)
         terms = (before.adapter, after.adapter, before.extra.get(_PREVIOUS, before.adapter))
-        if method.claims.space == "factor":
-            adapter = _combine(terms, coefficients)
-        else:
-            adapter = Adapter(_combine_products(terms, coefficients, after), _combine(terms, coefficients).dense)
+        flat = [term.tensors() for term in terms]
+        adapter = Adapter.from_tensors({name: moved(*(tensors[name] for tensors in flat)) for name in flat[0]})
+        if method.claims.space == "product":
+            coefficients = (1 - learning_rate + momentum, learning_rate, -momentum)
+            adapter = Adapter(_combine_products(terms, coefficients, after), adapter.dense)
         return after.with_adapter(adapter).with_extra({_PREVIOUS: before.adapter})
 
     claims = method.claims._replace(keeps_uncovered=False, keeps_no_op=False) if momentum else method.claims
     return method._replace(step=step, claims=claims)
-
-
-def _combine(terms: Sequence[Adapter], coefficients: Sequence[float]) -> Adapter:
-    flat = [term.tensors() for term in terms]
-    return Adapter.from_tensors(
-        {name: torch.stack([c * f[name] for c, f in zip(coefficients, flat, strict=True)]).sum(0) for name in flat[0]}
-    )
 
 
 def _combine_products(terms: Sequence[Adapter], coefficients: Sequence[float], after: State) -> dict[str, LowRank]:

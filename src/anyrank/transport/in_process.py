@@ -50,8 +50,10 @@ class InProcess:
             data: dict[str, Examples] = {"train": train, "evaluate": evaluate, "test": self.test}
             kept = None
             if self.method.keep:
-                kept = self.memory.read(client, before=task.round + (task.kind != "train"))
+                kept = self.memory.read(
+                    client, before=(task.round, task.phase) if task.kind == "train" else (task.round + 1, 0)
+                )
             update, keeps = work(self.model, self.method, task, data, training=self.training, seed=self.seed, kept=kept)
             if keeps:
-                self.memory.write(client, task.round, keeps)
+                self.memory.write(client, (task.round, task.phase), keeps)
             yield update
