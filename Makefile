@@ -25,7 +25,7 @@ test: .venv/installed  ## The default test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-slow: .venv/installed  ## The long tests: kills and resumes, memory, the whole default recipe
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
 
 check: .venv/installed  ## Format, lint, types
 	$(BIN)/ruff format --check .

@@ -36,11 +36,7 @@ __all__ = ["AdaptedModel", "factored", "load_classifier", "load_tokenizer", "rea
 
 _NAME, _FROZEN = "default", "frozen"  # what is trained, and what is only applied
 _PREFIX = "base_model.model."
-_OWN: Mapping[Weights, str] = {
-    "lora": "",
-    "dora": MAGNITUDE,
-    "whole": CHANGE,
-}  # what a layer trains besides its factors
+_OWN: Mapping[Weights, str] = {"lora": "", "dora": MAGNITUDE, "whole": CHANGE}  # a layer's own dense tensor
 _SAVED_MAGNITUDE = ".lora_magnitude_vector"  # in a PEFT directory
 _INNER = ("intermediate_size", "hidden_dim", "ffn_dim", "n_inner")  # the width of a feed-forward layer, by model family
 _LINEAR = (nn.Linear, Conv1D)  # the second is GPT-2's: a linear layer whose weight is stored transposed
