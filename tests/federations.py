@@ -116,7 +116,8 @@ def state_of(method: Method, setup: Setup, dtype=torch.float32) -> State:
         )
         for name, part in drawn.layers.items()
     }
-    state = state.with_adapter(Adapter(layers, drawn.dense))
+    further = {name: t.to(dtype) for name, t in state.adapter.dense.items() if name not in drawn.dense}
+    state = state.with_adapter(Adapter(layers, {**drawn.dense, **further}))
     if method.claims.folds:
         one = {layer.name: 1 for layer in state.spec.layers}
         state = state.with_fold(random_adapter(state.spec, one, "fold", dtype=dtype).layers)

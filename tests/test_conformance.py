@@ -3,6 +3,7 @@
 A new method is tested by its line in `METHODS` and its `claims` alone.
 """
 
+import re
 from itertools import pairwise
 from statistics import fmean
 
@@ -13,9 +14,9 @@ from hypothesis import strategies as st
 
 import toy
 from anyrank import lowrank
-from anyrank.adapter import Adapter, LowRank
+from anyrank.adapter import CHANGE, Adapter, LowRank
 from anyrank.engine import begin, rounds
-from anyrank.federation import Inbox, Method, State, Task
+from anyrank.federation import Inbox, Method, State, Task, make_task
 from anyrank.methods import METHODS, proximal, server_optimizer
 from anyrank.seeding import generator
 from anyrank.topology import reduce
@@ -461,3 +462,33 @@ def test_linear_clients_learn(method):
     run = toy.federation(method, rounds=8)
     after = list(rounds(run, begin(run, method.init(toy.SPEC), toy.FLEET)))
     assert after[-1].record["loss"] < 0.35 * toy.whole_loss(method.init(toy.SPEC).adapter)
+
+
+# --- bytes --------------------------------------------------------------------------------------------------------
+
+
+def numbers(adapter: Adapter, factors: str = "AB") -> int:
+    return sum(getattr(part, factor).numel() for part in adapter.layers.values() for factor in factors)
+
+
+def formula(claim: str, **values: int) -> int:
+    """`(m + n) r_k` as a number."""
+    return eval(re.sub(r"(?<=[\w)]) (?=[(\w])", " * ", claim), {"__builtins__": {}}, values)
+
+
+@over(BARE, lambda claims: re.fullmatch(r"[mnrkKR_()+\-1 ]+", claims.down + claims.up) and not claims.mixed_depths)
+def test_claimed_numbers_travel(method):
+    # In the second round, for a client that was there in the first. Bytes are those of the same tensors, in test_wire.
+    setup = Setup(shapes=((5, 7),), ranks=(1, 2, 4), sizes=(1, 1, 1))
+    state = played(method, setup, state_of(method, setup))
+    held = state.folds[-1].number - 1 if state.folds else 0
+    for plan in method.assign(state, devices_of(setup)):
+        task = make_task(method, state, plan, held=held)
+        r = state.adapter.layers["layer 0"].rank
+        known = {"m": 5, "n": 7, "r": r, "r_k": plan.rank, "R": sum(setup.ranks), "K": len(setup.ranks)}
+        change = sum(t.numel() for name, t in task.start.dense.items() if name.endswith(CHANGE))
+        news = sum(numbers(fold.adapter) for fold in task.folds if fold.number > held)
+        assert numbers(task.start, plan.down) + numbers(task.frozen) + news + change == formula(
+            method.claims.down, **known
+        )
+        assert numbers(task.start, plan.up) + change == formula(method.claims.up, **known)
