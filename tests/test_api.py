@@ -362,6 +362,12 @@ def test_the_rank_policies_and_partitions_of_a_recipe_reach_the_fleet(tiny):
     ("overrides", "said"),
     [
         (["data.label=labl"], "labl"),
+        (["topology.name=ring", "method.name=flora"], "folds are numbered by one server"),
+        (["method.name=hier_fedlora"], "Use hierarchy"),
+        (["method.name=flora", "server.momentum=0.5"], "adds products to the base model"),
+        (["method.name=anyrank", "local.name=dora"], "does not work with anyrank"),
+        (["method.name=prelort", "local.name=lora_plus"], "brings its own way of training"),
+        (['clock.changes=[{round=2, kind="phones", slowdown=2.0}]'], "no device class 'phones'"),
         (["data.text=['sentenc']"], "sentence"),
         (["partition.clients=1000"], "1000"),
         (["fleet.per_round=7"], "7 clients a round, but there are 6"),
@@ -478,3 +484,24 @@ def test_observers_hear_of_every_reply(tiny, tmp_path):
     anyrank.run(recipe(tiny, "rounds=1"), tmp_path / "run", observer=Listener())
     assert heard[0] == "started"
     assert len(heard) == 5
+
+
+def test_depths_follow_a_device_that_slows_down_in_the_middle_of_a_run(tiny, tmp_path):
+    settings = [
+        "method.name=legend",
+        "method.eps=0.0",
+        "rounds=5",
+        "fleet.per_round=6",
+        'clock.changes=[{round = 3, kind = "strong", slowdown = 500.0}]',
+    ]
+    folder = anyrank.run(recipe(tiny, *settings), tmp_path / "run")
+    kind = {client: member["kind"] for client, member in folder.info["fleet"].items()}
+
+    def depths(record, wanted):
+        return {blocks for client, blocks in record["planned_blocks"].items() if kind[client] == wanted}
+
+    records = folder.records()
+    # The server learns of it from the replies of round 3, and plans accordingly from round 4 on.
+    assert depths(records[2], "strong") == depths(records[1], "strong") == {2}
+    assert depths(records[3], "strong") == {1}
+    assert depths(records[3], "weak") == {2}

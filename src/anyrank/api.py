@@ -190,7 +190,7 @@ def _federation(job: Job, folder: RunFolder, observer: Observer) -> Federation:
 
 def _clock(recipe: Recipe) -> Clock:
     # The device of the centralised baseline stands for a data centre: it is never late and never drops out.
-    troubles = {} if recipe.baseline == "centralised" else recipe.clock.model_dump()
+    troubles = {} if recipe.baseline == "centralised" else dict(recipe.clock)
     return Clock(**troubles, seed=recipe.seed)
 
 

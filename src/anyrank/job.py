@@ -305,6 +305,11 @@ def _profiles(recipe: Recipe) -> dict[str, Profile]:
         for name, c in recipe.fleet.classes.items()
         if c.device not in known
     ]
+    problems += [
+        f"clock.changes: there is no device class {change.kind!r}; there are: {', '.join(recipe.fleet.classes)}."
+        for change in recipe.clock.changes
+        if change.kind not in recipe.fleet.classes
+    ]
     if problems:
         raise ConfigError(problems)
     return {name: known[c.device] for name, c in recipe.fleet.classes.items()}
