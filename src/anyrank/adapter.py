@@ -12,10 +12,11 @@ from torch import Tensor
 
 from anyrank.errors import ShapeError
 
-__all__ = ["CHANGE", "MAGNITUDE", "NOTHING", "Adapter", "LowRank"]
+__all__ = ["CHANGE", "GATE", "LOG_TAU", "MAGNITUDE", "NOTHING", "Adapter", "LowRank"]
 
-MAGNITUDE, CHANGE = ".magnitude", ".change"
-"""After a layer's name, the dense tensor that it may have of its own: norms of its rows, or a change of its whole weight."""
+MAGNITUDE, CHANGE, GATE, LOG_TAU = ".magnitude", ".change", ".gate", ".log_tau"
+"""After a layer's name, the dense tensors that it may have of its own: norms of its rows; a change of its whole weight; a gate
+over finished adapters, and the logarithm of the gate's temperature."""
 
 
 @dataclass(frozen=True, eq=False)

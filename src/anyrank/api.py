@@ -301,7 +301,9 @@ def _save_adapter(folder: RunFolder, out: Path, adapter: Adapter, base: Pretrain
     adapter = hf.factored(adapter, scale=scale)
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    hf.write_adapter(
+    experts = _experts(folder)
+    write = partial(hf.write_mixture, experts=experts) if experts else hf.write_adapter
+    write(
         temporary,
         adapter,
         scale=scale,
@@ -314,6 +316,11 @@ def _save_adapter(folder: RunFolder, out: Path, adapter: Adapter, base: Pretrain
     temporary.replace(out)
 
 
+def _experts(folder: RunFolder) -> list[str]:
+    """The finished adapters that a run mixes, if it does."""
+    return folder.info["recipe"]["local"].get("experts", [])
+
+
 def _card(folder: RunFolder, adapter: Adapter, base: Pretrained, accuracy: float | None) -> str:
     """A model card: what it is, how it came about, how to load it."""
     info = folder.info
@@ -323,26 +330,50 @@ def _card(folder: RunFolder, adapter: Adapter, base: Pretrained, accuracy: float
         if accuracy is None
         else f" It reached an accuracy of {accuracy:.4f} on {info['data']['test']} test examples."
     )
+    experts = _experts(folder)
+    rank = max(adapter.ranks.values())
+    title = f"A mixture of {len(experts)} LoRA adapters" if experts else f"A LoRA adapter of rank {rank}"
     return f"""---
 base_model: {base.name}
-library_name: peft
+library_name: {"anyrank" if experts else "peft"}
 tags: [lora, federated-learning, anyrank]
 ---
 
-# A LoRA adapter of rank {max(adapter.ranks.values())} for {base.name}
+# {title} for {base.name}
 
 Trained by anyrank {info["anyrank"]} with the method `{info["method"]}` over {len(info["fleet"])} clients on
 `{info["recipe"]["data"]["source"]}` ({info["data"]["train"]} training examples).{reached}
 Labels: {", ".join(f"{i} = {name}" for i, name in enumerate(labels))}.
 
-```python
+{_use_of_mixture(experts) if experts else _use_of_adapter(base, len(labels))}
+"""
+
+
+def _use_of_adapter(base: Pretrained, num_labels: int) -> str:
+    return f"""```python
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-base = AutoModelForSequenceClassification.from_pretrained("{base.name}", num_labels={len(labels)})
+base = AutoModelForSequenceClassification.from_pretrained("{base.name}", num_labels={num_labels})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
-```
-"""
+```"""
+
+
+def _use_of_mixture(experts: Sequence[str]) -> str:
+    names = "\n".join(f"- `{name}`" for name in experts)
+    return f"""This folder holds the gates and the head. The experts are PEFT adapters, looked for where the run found them:
+
+{names}
+
+PEFT has no form for such a mixture; anyrank loads it:
+
+```python
+from pathlib import Path
+
+from anyrank.hf import load_mixture
+
+model = load_mixture(Path("path/to/this/folder"))
+```"""
 
 
 # --- looking before and after -------------------------------------------------------------------------------------
@@ -424,7 +455,7 @@ def export(source: Path, rank: int, out: Path) -> Adapter:
         out: a folder that does not exist or is empty.
 
     Raises:
-        RecordError: the run is not finished, has no global adapter, or `out` is occupied.
+        RecordError: the run is not finished, has no global adapter or a mixture, or `out` is occupied.
         ConfigError: a rank out of range.
     """
     folder = RunFolder.open(source)
@@ -433,6 +464,10 @@ def export(source: Path, rank: int, out: Path) -> Adapter:
         raise RecordError(f"{source} has no global adapter: each client keeps its own, see {source / 'clients'}.")
     if not (source / "adapter").is_dir():
         raise RecordError(f"{source} has no adapter yet: finish it with `anyrank run --resume {source}`.")
+    if _experts(folder):
+        raise RecordError(
+            f"{source} holds a mixture of adapters, which has no rank to be cut to; see {source / 'adapter'}."
+        )
     adapter = hf.read_adapter(source / "adapter", scale=folder.info["recipe"]["lora"]["scale"])
     largest = max(adapter.ranks.values())
     if not 1 <= rank <= largest:

@@ -28,6 +28,7 @@ __all__ = [
     "Layer",
     "Local",
     "Method",
+    "Mixture",
     "ModelCost",
     "Plan",
     "Profile",
@@ -42,7 +43,7 @@ __all__ = [
 
 Factors = Literal["AB", "A", "B", ""]
 Topology = Literal["star", "hierarchy", "ring", "gossip"]
-Weights = Literal["lora", "dora", "whole"]
+Weights = Literal["lora", "dora", "whole", "mole"]
 
 
 @dataclass(frozen=True)
@@ -404,6 +405,20 @@ class Claims(NamedTuple):
     needs: str = ""
 
 
+class Mixture(NamedTuple):
+    """Finished adapters that are applied together, each as much as a trained gate says.
+
+    Attributes:
+        experts: the folders of these adapters.
+        tau: the first temperature of the gates.
+        penalty: from the mean gate of each expert in a step, a term added to the loss; None adds nothing.
+    """
+
+    experts: tuple[str, ...]
+    tau: float
+    penalty: Callable[[Tensor], Tensor] | None
+
+
 class Local(NamedTuple):
     """How a client trains. The hooks around a step act in place on the live adapter, whose tensors the optimizer moves.
 
@@ -419,7 +434,9 @@ class Local(NamedTuple):
         layers: from the model's layers, those of the run's adapters, where these are not the same: layers may share factors.
         spread: from an adapter in the run's layers, the one in the model's.
         weights: what the forward pass makes of the factors: `lora` adds their product; `dora` adds it and rescales the rows
-            of the sum; `whole` has none, a change of the layer's weight is trained, a dense tensor.
+            of the sum; `whole` and `mole` have none: dense tensors are trained, a change of the layer's weight or a gate over
+            finished adapters.
+        mixture: these adapters, with `mole`.
     """
 
     optimizer: Callable[[Adapter, float, float], Optimizer]
@@ -431,6 +448,12 @@ class Local(NamedTuple):
     layers: Callable[[tuple[Layer, ...]], tuple[Layer, ...]]
     spread: Callable[[Adapter], Adapter]
     weights: Weights = "lora"
+    mixture: Mixture | None = None
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether layers have factors; where they have none, every rank is 0."""
+        return self.weights in ("lora", "dora")
 
 
 class Method(NamedTuple):

@@ -3,16 +3,19 @@
 Inside, a layer is called as in the base model (`encoder.layer.0.attention.self.query`) and the run's one scale is in
 front of every product. In a PEFT directory the same tensors are `base_model.model.<layer>.lora_A.weight`, and
 `lora_alpha = scale * r` per layer says the same thing. What a layer trains besides its factors is a dense tensor of its
-own: `<layer>.magnitude` with DoRA (`<layer>.lora_magnitude_vector` there), `<layer>.change` where weights are trained whole.
+own: `<layer>.magnitude` with DoRA (`<layer>.lora_magnitude_vector` there), `<layer>.change` where weights are trained whole,
+`<layer>.gate` and `<layer>.log_tau` over a mixture of finished adapters, for which PEFT has no form.
 """
 
 import contextlib
 import json
 import logging
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import peft
@@ -21,22 +24,32 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from anyrank import lowrank
-from anyrank.adapter import CHANGE, MAGNITUDE, NOTHING, Adapter, LowRank
+from anyrank.adapter import CHANGE, GATE, LOG_TAU, MAGNITUDE, NOTHING, Adapter, LowRank
 from anyrank.device import transformer_cost
 from anyrank.errors import ConfigError
 from anyrank.federation import Factors, Layer, ModelCost, Weights
-from anyrank.pretrained import Pretrained
+from anyrank.pretrained import Pretrained, resolve
 from anyrank.seeding import seed_of
 
-__all__ = ["AdaptedModel", "factored", "load_classifier", "load_tokenizer", "read_adapter", "write_adapter"]
+__all__ = [
+    "AdaptedModel",
+    "factored",
+    "load_classifier",
+    "load_mixture",
+    "load_tokenizer",
+    "misfits",
+    "read_adapter",
+    "write_adapter",
+    "write_mixture",
+]
 
 _NAME, _FROZEN = "default", "frozen"  # what is trained, and what is only applied
 _PREFIX = "base_model.model."
-_OWN: Mapping[Weights, str] = {"lora": "", "dora": MAGNITUDE, "whole": CHANGE}  # a layer's own dense tensor
 _SAVED_MAGNITUDE = ".lora_magnitude_vector"  # in a PEFT directory
 _INNER = ("intermediate_size", "hidden_dim", "ffn_dim", "n_inner")  # the width of a feed-forward layer, by model family
 _LINEAR = (nn.Linear, Conv1D)  # the second is GPT-2's: a linear layer whose weight is stored transposed
@@ -110,13 +123,15 @@ class AdaptedModel:
         target_modules: names (or last parts of names) of the linear layers to adapt; None takes PEFT's default for the model.
         modules_to_save: names of modules trained whole beside the classification head.
         weights: what becomes of an adapted layer's weight, as in `Local.weights`.
+        experts: by folder, the finished adapters of a mixture.
+        tau: the first temperature of its gates.
 
     Attributes:
         layers: the adapted layers, input to output.
         dense: current values of the tensors trained whole, by parameter name, with the adapted layers' own ones.
 
     Raises:
-        ConfigError: target modules that match nothing, or something that is not a linear layer.
+        ConfigError: target modules that match nothing, or something that is not a linear layer; experts that do not fit.
     """
 
     model: Any
@@ -129,20 +144,27 @@ class AdaptedModel:
         target_modules: Sequence[str] | None = None,
         modules_to_save: Sequence[str] = (),
         weights: Weights = "lora",
+        experts: Mapping[str, Adapter] = MappingProxyType({}),
+        tau: float = 1.0,
     ):
         """Inject what is trained, freeze the rest."""
         self.modules_to_save = sorted({*_heads(model), *modules_to_save})
-        self._scale, self._weights = scale, weights
+        self._scale, self._has_factors = scale, weights in ("lora", "dora")
         names = _targets(model, target_modules, self.modules_to_save)
-        shapes = [_shape(model.get_submodule(name)) for name in names]
-        self.model = _injected(model, names, scale, weights).requires_grad_(False).eval()
+        shapes = {name: _shape(model.get_submodule(name)) for name in names}
+        _check_experts(experts, shapes)
+        self.model = (
+            _mixed(model, names, scale, list(experts.values()), tau)
+            if weights == "mole"
+            else _injected(model, names, scale, weights)
+        )
+        self.model.requires_grad_(False).eval()
         self._modules = {name: self.model.get_submodule(name) for name in names}
         self._own = _own(self._modules, weights)
-        saved = {name: p.requires_grad_(True) for name, p in _saved(self.model, self.modules_to_save)}
-        self._dense = saved | {name + _OWN[weights]: parameter for name, parameter in self._own.items()}
+        self._dense = {name: p.requires_grad_(True) for name, p in _saved(self.model, self.modules_to_save)} | self._own
         self.layers = tuple(
             Layer(name, d_in, d_out, block)
-            for name, (d_out, d_in), block in zip(names, shapes, _blocks(names), strict=True)
+            for (name, (d_out, d_in)), block in zip(shapes.items(), _blocks(names), strict=True)
         )
 
     @property
@@ -156,7 +178,7 @@ class AdaptedModel:
         """Put an adapter into the model and return the live parameters, to be trained in place.
 
         Layers that neither adapter has are switched off: the base alone answers there, and backward does not enter them.
-        A layer's own dense tensor is trained where `adapter` has the layer.
+        A layer's own dense tensors are trained where `adapter` has the layer.
 
         Args:
             adapter: what can be trained.
@@ -164,7 +186,7 @@ class AdaptedModel:
             scale: a factor on the run's scale, for `adapter` alone.
             train: the factors that require a gradient.
         """
-        if self._weights != "whole":
+        if self._has_factors:
             for name, module in self._modules.items():
                 part, fixed = adapter.layers.get(name), frozen.layers.get(name)
                 module.set_adapter([_NAME] * bool(part) + [_FROZEN] * bool(fixed))
@@ -174,7 +196,7 @@ class AdaptedModel:
                 if fixed:
                     self._put(module, _FROZEN, fixed, "")
         for name, parameter in self._own.items():
-            parameter.requires_grad_(name in adapter.layers)
+            parameter.requires_grad_(name.rpartition(".")[0] in adapter.layers)
         with torch.no_grad():
             for name, parameter in self._dense.items():
                 parameter.copy_(adapter.dense[name])
@@ -186,9 +208,9 @@ class AdaptedModel:
         module.lora_B[adapter].weight = nn.Parameter(part.B.clone(), requires_grad="B" in train)
 
     def _live(self, name: str, part: LowRank) -> LowRank:
-        """A layer's factors as the model has them; where weights are trained whole it has none."""
+        """A layer's factors as the model has them, if it has any."""
         module = self._modules[name]
-        return part if self._weights == "whole" else LowRank(module.lora_A[_NAME].weight, module.lora_B[_NAME].weight)
+        return LowRank(module.lora_A[_NAME].weight, module.lora_B[_NAME].weight) if self._has_factors else part
 
     def form(self, layers: Mapping[str, LowRank]) -> None:
         """Have the next forward pass use these factors, which may be computed from others that are trained."""
@@ -197,6 +219,20 @@ class AdaptedModel:
             for linear, factor in ((module.lora_A, part.A), (module.lora_B, part.B)):
                 linear[_NAME]._parameters.pop("weight", None)
                 linear[_NAME].weight = factor
+
+    def mean_gates(self, attended: Tensor | None = None) -> Tensor:
+        """The mean gate of each expert in the last forward pass, over layers and tokens.
+
+        Args:
+            attended: `[examples, tokens]`, zero for padding, which is left out.
+        """
+        means = []
+        for module in self._modules.values():
+            gates = module.gates.flatten(0, -2)
+            if attended is not None and attended.shape == module.gates.shape[:-1]:
+                gates = gates[attended.flatten() > 0]
+            means.append(gates.mean(0))
+        return torch.stack(means).mean(0)
 
     @property
     def positions(self) -> int | None:
@@ -237,6 +273,32 @@ class _Changed(nn.Module):
         return weight + (self.change.T if self.stored_transposed else self.change)
 
 
+class _Mixture(nn.Module):
+    """A linear layer with finished adapters, each applied as much as a gate says: `W0 x + sum_i g_i E_i(x)`."""
+
+    def __init__(self, base: nn.Module, experts: Sequence[LowRank], scale: float, tau: float):
+        super().__init__()
+        d_out, count = experts[0].B.shape[0], len(experts)
+        self.base_layer = base
+        self.experts = nn.ModuleList(nn.Sequential(_linear(E.A), _linear(scale * E.B)) for E in experts)
+        self.gate = nn.Parameter(torch.zeros(count, count * d_out))
+        self.log_tau = nn.Parameter(torch.tensor([math.log(tau)]))
+        self.gates = torch.full((1, count), 1 / count)  # of the last forward pass, by token
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = torch.stack([expert(x) for expert in self.experts], dim=-2)
+        logits = F.linear(F.normalize(outputs.flatten(-2), dim=-1), self.gate)
+        self.gates = torch.softmax(logits / self.log_tau.exp(), dim=-1)
+        return self.base_layer(x) + (self.gates[..., None] * outputs).sum(-2)
+
+
+def _linear(factor: Tensor) -> nn.Linear:
+    """A factor as a layer, so that what it costs is counted."""
+    linear = nn.Linear(factor.shape[1], factor.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(factor)
+    return linear
+
+
 def _shape(module: Any) -> tuple[int, int]:
     """`d_out, d_in` of a linear layer."""
     rows, columns = module.weight.shape
@@ -258,17 +320,60 @@ def _injected(model: Any, names: Sequence[str], scale: float, weights: Weights) 
     return model
 
 
+def _mixed(model: Any, names: Sequence[str], scale: float, experts: Sequence[Adapter], tau: float) -> Any:
+    """The model with finished adapters in these layers, and a gate over them."""
+    for name in names:
+        parts = [expert.layers[name] for expert in experts]
+        model.set_submodule(name, _Mixture(model.get_submodule(name), parts, scale, tau))
+    return model
+
+
 def _own(modules: Mapping[str, Any], weights: Weights) -> dict[str, nn.Parameter]:
-    """By layer, what it trains besides its factors: the magnitudes of its rows, or the change of its weight."""
+    """By name, what layers train besides their factors: magnitudes of rows, changes of weights, or gates."""
     if weights == "dora":
-        return {name: module.lora_magnitude_vector[_NAME].weight for name, module in modules.items()}
+        return {name + MAGNITUDE: module.lora_magnitude_vector[_NAME].weight for name, module in modules.items()}
     if weights == "whole":
-        return {name: module.parametrizations.weight[0].change for name, module in modules.items()}
+        return {name + CHANGE: module.parametrizations.weight[0].change for name, module in modules.items()}
+    if weights == "mole":
+        gates = {name + GATE: module.gate for name, module in modules.items()}
+        return gates | {name + LOG_TAU: module.log_tau for name, module in modules.items()}
     return {}
 
 
 def _is_added(name: str) -> bool:
-    return "lora_" in name or name.endswith(CHANGE)
+    return "lora_" in name or name.endswith((CHANGE, GATE, LOG_TAU))
+
+
+def misfits(where: str, adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+    """What is wrong with the layers of an adapter that was read.
+
+    Args:
+        where: the recipe's key and the folder, to begin each sentence with.
+        adapter: as read.
+        shapes: `d_out, d_in` of the layers that the recipe adapts.
+    """
+    problems = []
+    for name, part in adapter.layers.items():
+        if not all(torch.isfinite(factor).all() for factor in (part.A, part.B)):
+            problems.append(f"{where}: {name} holds a number that is not finite.")
+        if name not in shapes:
+            problems.append(f"{where} adapts {name}, which lora.target_modules does not.")
+        elif shapes[name] != (part.B.shape[0], part.A.shape[1]):
+            problems.append(f"{where}: {name} is {part.B.shape[0]} x {part.A.shape[1]}, not {shapes[name]}.")
+    return problems
+
+
+def _check_experts(experts: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, int]]) -> None:
+    problems = []
+    for folder, expert in experts.items():
+        where = f"local.experts: {folder}"
+        problems += misfits(where, expert, shapes)
+        if lacking := [name for name in shapes if name not in expert.layers]:
+            problems.append(f"{where} does not adapt {lacking[0]}, which lora.target_modules does.")
+        if any(name.endswith(MAGNITUDE) for name in expert.dense):
+            problems.append(f"{where} is DoRA; expected plain LoRA, whose output can be weighted.")
+    if problems:
+        raise ConfigError(problems)
 
 
 def _targets(model: Any, wanted: Sequence[str] | None, saved: Sequence[str]) -> list[str]:
@@ -367,6 +472,56 @@ def write_adapter(
         flat[f"{_PREFIX}{name}.lora_B.weight"] = part.B
     contiguous = {name: tensor.detach().contiguous() for name, tensor in flat.items()}
     save_file(contiguous, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def write_mixture(
+    folder: Path,
+    adapter: Adapter,
+    *,
+    experts: Sequence[str],
+    scale: float,
+    base: Pretrained,
+    modules_to_save: Sequence[str],
+    label_names: Sequence[str],
+    card: str,
+) -> None:
+    """Write the gates of a mixture and what else was trained, with the folders of its experts; `load_mixture` reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {
+        "base": base.name,
+        "experts": list(experts),
+        "labels": list(label_names),
+        "modules_to_save": list(modules_to_save),
+        "scale": scale,
+        "target_modules": list(adapter.layers),
+    }
+    _write_json(folder / "mixture.json", about)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    dense = {name: tensor.detach().contiguous() for name, tensor in adapter.dense.items()}
+    save_file(dense, folder / "mixture.safetensors", metadata={"format": "pt"})
+
+
+def load_mixture(folder: Path) -> nn.Module:
+    """The model that `write_mixture` wrote down, with its experts, ready to answer.
+
+    Raises:
+        ConfigError: no mixture there, or its base model or an expert is not to be had.
+    """
+    try:
+        about = json.loads((folder / "mixture.json").read_text(encoding="utf-8"))
+        dense = load_file(folder / "mixture.safetensors")
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise ConfigError(f"{folder}: no mixture of adapters can be read there ({error}).") from error
+    model = AdaptedModel(
+        load_classifier(resolve(about["base"]), label_names=about["labels"], seed=0),
+        scale=about["scale"],
+        target_modules=about["target_modules"],
+        modules_to_save=about["modules_to_save"],
+        weights="mole",
+        experts={name: read_adapter(Path(name), scale=about["scale"]) for name in about["experts"]},
+    )
+    model.load(Adapter({}, dense))
+    return model.model
 
 
 def _saved_name(dense: str) -> str:

@@ -38,6 +38,7 @@ CHOICES: Choices = {
     "ranks": RANK_POLICIES,
     "topology": TOPOLOGIES,
 }
+_WITHOUT_FACTORS = ("fedavg", "local_only")  # for a mixture all other methods would be the same as the first
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +89,8 @@ class Job:
             remarks.append(
                 f"{self.cohort.method} has no mixed ranks: everyone trains at rank {levels[0]}, the smallest"
             )
-        if self.training.local.weights == "whole":
-            remarks.append(
-                "the adapted layers are trained whole: their rank is 0, and ranks in the recipe are not used"
-            )
+        if not self.training.local.has_factors:
+            remarks.append("clients train no factors: every layer's rank is 0, and ranks in the recipe are not used")
         return remarks
 
 
@@ -197,7 +196,12 @@ def _local(recipe: Recipe) -> Local:
     problems = []
     if own and recipe.local != Recipe.model_fields["local"].default:
         problems.append(f"local.name: {name} brings its own way of training; leave {chosen!r} out.")
-    if local.weights != "lora" and (method.claims.folds or method.frozen):
+    if local.mixture and name not in _WITHOUT_FACTORS:
+        problems.append(
+            f"local.name: {chosen} trains no factors, with which {name} could do anything. Use method.name=fedavg for one "
+            "mixture, or local_only for one on each client."
+        )
+    elif local.weights != "lora" and (method.claims.folds or method.frozen):
         problems.append(
             f"local.name: {chosen} does not work with {name}, whose clients apply products that they do not train: these "
             "have no place under the magnitudes. Use another way of training, or another method."
@@ -219,12 +223,21 @@ def _load_model(
         target_modules=table.target_modules,
         modules_to_save=table.modules_to_save,
         weights=local.weights,
+        **_experts(local, scale=table.scale),
     )
     if table.start is None:
         return model, Adapter({}, model.dense)
     start = hf.read_adapter(Path(table.start), scale=table.scale)
     _check_start(table.start, start, model, local)
     return model, Adapter(start.layers, {**model.dense, **start.dense})
+
+
+def _experts(local: Local, *, scale: float) -> dict[str, Any]:
+    """The finished adapters that a way of training mixes, if any, and their first temperature."""
+    if local.mixture is None:
+        return {}
+    experts = {folder: hf.read_adapter(Path(folder), scale=scale) for folder in local.mixture.experts}
+    return {"experts": experts, "tau": local.mixture.tau}
 
 
 def _check_length(recipe: Recipe, model: AdaptedModel, tokenizer: Any) -> None:
@@ -240,18 +253,9 @@ def _check_length(recipe: Recipe, model: AdaptedModel, tokenizer: Any) -> None:
 
 def _check_start(folder: str, start: Adapter, model: AdaptedModel, local: Local) -> None:
     shapes = {layer.name: (layer.d_out, layer.d_in) for layer in model.layers}
-    if local.weights == "whole" or local.layers(model.layers) != model.layers:
+    if not local.has_factors or local.layers(model.layers) != model.layers:
         raise ConfigError("lora.start: this way of training can only start from the base model; leave it out.")
-    problems = []
-    for name, part in start.layers.items():
-        if not all(torch.isfinite(factor).all() for factor in (part.A, part.B)):
-            problems.append(f"lora.start: {folder}: {name} holds a number that is not finite.")
-        if name not in shapes:
-            problems.append(f"lora.start: {folder} adapts {name}, which lora.target_modules does not.")
-        elif shapes[name] != (part.B.shape[0], part.A.shape[1]):
-            problems.append(
-                f"lora.start: {folder}: {name} is {part.B.shape[0]} x {part.A.shape[1]}, not {shapes[name]}."
-            )
+    problems = hf.misfits(f"lora.start: {folder}", start, shapes)
     dense = model.dense
     for name, tensor in start.dense.items():
         if name not in dense or dense[name].shape != tensor.shape:
@@ -273,7 +277,7 @@ def _fleet(recipe: Recipe, examples: data.Labelled, shards: Mapping[str, np.ndar
     kept = {client: _kept(recipe, client, shard) for client, shard in shards.items()}
     sizes = {client: len(rows) for client, rows in kept.items()}
     candidates = [Candidate(c, kinds[c], sizes[c], classes[kinds[c]].rank) for c in shards]
-    if _local(recipe).weights == "whole":
+    if not _local(recipe).has_factors:
         ranks = dict.fromkeys(shards, 0)
     else:
         policy = RANK_POLICIES[recipe.ranks["name"]]

@@ -94,7 +94,7 @@ def train(
         rng: draws the order of the examples, and whatever the way of training draws.
 
     Returns:
-        the trained adapter; the mean loss over the steps (without the penalty) and the sums of what was observed.
+        the trained adapter; the mean loss over the steps (without penalties) and the sums of what was observed.
     """
     local, plan = method.local or training.local, task.plan
     inner = local.enter(start)
@@ -106,6 +106,8 @@ def train(
             model.form(local.form(live, rng).layers)
         loss = model.model(**batch).loss
         objective = loss if method.penalty is None else loss + method.penalty(live, inner)
+        if local.mixture and local.mixture.penalty:
+            objective = objective + local.mixture.penalty(model.mean_gates(batch.get("attention_mask")))
         optimizer.zero_grad()
         objective.backward()
         if method.observe:

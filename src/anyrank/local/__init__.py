@@ -9,6 +9,7 @@ from anyrank.local.lora import lora
 from anyrank.local.lora_plus import lora_plus
 from anyrank.local.lora_pro import lora_pro
 from anyrank.local.lora_rite import lora_rite
+from anyrank.local.mole import mole
 from anyrank.local.msplora import msplora
 from anyrank.local.rslora import rslora
 
@@ -23,4 +24,5 @@ LOCALS: Mapping[str, Callable[..., Local]] = {
     "beamlora": beamlora,
     "dora": dora,
     "msplora": msplora,
+    "mole": mole,
 }
