@@ -285,4 +285,4 @@ def test_scores_are_sums_of_squares_by_step_and_slot_over_those_that_trained_the
 
 def test_scores_count_after_the_warm_up_and_then_every_so_often():
     assert [round for round in range(1, 10) if due(round, 3, 2)] == [3, 5, 7, 9]
-    assert [round for round in range(1, 10) if due(round, 0, 4)] == [4, 8]
+    assert [round for round in range(1, 10) if due(round, 0, 4)] == [1, 5, 9]

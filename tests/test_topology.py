@@ -203,6 +203,38 @@ def test_an_edge_speaks_only_for_the_slots_and_layers_of_its_clients():
         assert_close(part.A[1:], 2 * before.A[1:])  # one holds the others
 
 
+def test_an_edge_does_not_speak_for_clients_that_did_not_reply():
+    method, setup = METHODS["rbla"](), Setup(ranks=(4, 4, 2), sizes=(1, 1, 1))
+    state = state_of(method, setup)
+
+    def answer(task):
+        return None if task.plan.client == "client 0" else task.start.map(lambda tensor: 3 * tensor)
+
+    # Edge 0 has clients 0, of rank 4, which is lost, and 2, of rank 2; edge 1 has client 1, of rank 4.
+    after, _, _ = TOPOLOGIES["hierarchy"](edges=2).play(method, state, {}, devices_of(setup), Fake(answer))
+    for name, part in after.adapter.layers.items():
+        assert_close(part.A, 3 * state.adapter.layers[name].A)
+
+
+def test_an_edge_that_is_lost_keeps_its_weight_where_changes_are_added():
+    method, setup = METHODS["anyrank"](), Setup(ranks=(2, 2), sizes=(10, 90))
+    state = state_of(method, setup)
+
+    def answer(task):
+        grown = task.start.map(lambda tensor: 1.5 * tensor)
+        return (
+            None
+            if task.plan.client == "client 1"
+            else Adapter(
+                {n: replace(part, B=task.start.layers[n].B) for n, part in grown.layers.items()}, task.start.dense
+            )
+        )
+
+    after, _, _ = TOPOLOGIES["hierarchy"](edges=2).play(method, state, {}, devices_of(setup), Fake(answer))
+    for name, part in state.adapter.layers.items():
+        assert_close(after.adapter.layers[name].product, 1.05 * part.product)
+
+
 def test_groups_and_repeats_of_the_plans_come_first():
     base = METHODS["fedavg"]()
 

@@ -310,5 +310,9 @@ def fisher_scores(inbox: Inbox, weights: Sequence[float]) -> dict[str, float]:
 
 
 def due(round: int, warmup: int, refresh: int) -> bool:
-    """Whether what is worked out from the scores is worked out anew: after the last warm-up round, then every `refresh`."""
-    return round >= warmup and (round - warmup) % refresh == 0
+    """Whether what is worked out from the scores is worked out anew: after the last warm-up round, then every `refresh`.
+
+    Without a warm-up it is after the first round, which gives the first scores.
+    """
+    since = round - max(warmup, 1)
+    return since >= 0 and since % refresh == 0

@@ -209,7 +209,7 @@ class _Round:
         for task, update in self.inbox:
             device = fleet.get(update.client, self.fleet[update.client])
             if self.federation.method.claims.prunes and update.adapter:
-                device = replace(device, rank=max(update.adapter.ranks.values()))
+                device = replace(device, rank=min(device.rank, max(update.adapter.ranks.values())))
             if task.folds:
                 device = replace(device, folds=task.folds[-1].number)
             fleet[update.client] = device
@@ -340,7 +340,7 @@ def _class_accuracy(federation: Federation, state: State, fleet: Sequence[Device
     for device in one_of_each.values():
         for plan in federation.method.assign(state, [device]):
             at_full_rank = plan.ranks == state.adapter.ranks and plan.scale == 1
-            accuracy[str(plan.rank)] = (
+            accuracy[str(device.rank)] = (
                 whole if at_full_rank else federation.score(_applied(federation.method, state, plan)).accuracy
             )
     return accuracy

@@ -501,8 +501,12 @@ def write_mixture(
     save_file(dense, folder / "mixture.safetensors", metadata={"format": "pt"})
 
 
-def load_mixture(folder: Path) -> nn.Module:
+def load_mixture(folder: Path, *, base: str | None = None) -> nn.Module:
     """The model that `write_mixture` wrote down, with its experts, ready to answer.
+
+    Args:
+        folder: what was written.
+        base: where the base model is, if its name in there does not lead to it.
 
     Raises:
         ConfigError: no mixture there, or its base model or an expert is not to be had.
@@ -513,7 +517,7 @@ def load_mixture(folder: Path) -> nn.Module:
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ConfigError(f"{folder}: no mixture of adapters can be read there ({error}).") from error
     model = AdaptedModel(
-        load_classifier(resolve(about["base"]), label_names=about["labels"], seed=0),
+        load_classifier(resolve(base or about["base"]), label_names=about["labels"], seed=0),
         scale=about["scale"],
         target_modules=about["target_modules"],
         modules_to_save=about["modules_to_save"],

@@ -38,7 +38,6 @@ CHOICES: Choices = {
     "ranks": RANK_POLICIES,
     "topology": TOPOLOGIES,
 }
-_WITHOUT_FACTORS = ("fedavg", "local_only")  # for a mixture all other methods would be the same as the first
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,10 +195,9 @@ def _local(recipe: Recipe) -> Local:
     problems = []
     if own and recipe.local != Recipe.model_fields["local"].default:
         problems.append(f"local.name: {name} brings its own way of training; leave {chosen!r} out.")
-    if local.mixture and name not in _WITHOUT_FACTORS:
+    if local.mixture and (method.claims.folds or method.frozen or method.observe):
         problems.append(
-            f"local.name: {chosen} trains no factors, with which {name} could do anything. Use method.name=fedavg for one "
-            "mixture, or local_only for one on each client."
+            f"local.name: {chosen} trains no factors, and {name} needs them. Use a method that does nothing but average."
         )
     elif local.weights != "lora" and (method.claims.folds or method.frozen):
         problems.append(

@@ -133,7 +133,9 @@ def hierarchy(*, edges: Annotated[int, Ge(1)] = 2, repeats: Annotated[int, Ge(1)
     """Edges between the clients and the cloud.
 
     In a round every edge gets the cloud's adapter, asks its clients `repeats` times and averages what they return; then the
-    cloud averages the edges, weighted by their clients' examples. An edge answers for the slots and layers its clients hold.
+    cloud averages the edges, weighted by their clients' examples. An edge answers for the slots and layers that those of its
+    clients hold who replied, and it counts for each of them with the examples of all its clients, also where few of them
+    hold it; of a product it answers for all. Averages over owners are therefore a star's only where edges are alike.
 
     Args:
         edges: groups that the sampled clients are dealt to in turn, unless the method forms groups itself.
@@ -144,22 +146,25 @@ def hierarchy(*, edges: Annotated[int, Ge(1)] = 2, repeats: Annotated[int, Ge(1)
         method: Method, state: State, peers: Mapping[str, State], devices: Sequence[Device], round: Round
     ) -> Played:
         examples = {device.client: device.num_examples for device in devices}
-        inbox, sizes, seconds = [], [], []
-        for name, plans in _groups(method.assign(state, devices), edges).items():
-            edge, took, answered = state, 0.0, False
+        groups = _groups(method.assign(state, devices), edges)
+        total = sum(examples[plan.client] for plans in groups.values() for plan in plans)
+        inbox, weights, seconds = [], [], []
+        for name, plans in groups.items():
+            edge, took, heard = state, 0.0, set()
             for phase in range(max(plan.repeats for plan in plans) if plans[0].group else repeats):
                 asked = round.ask([make_task(method, edge, plan, phase=phase) for plan in plans])
                 took += asked.seconds
                 if asked.inbox:
-                    edge, answered = combine(method, edge, asked.inbox, asked.weights), True
+                    edge = combine(method, edge, asked.inbox, asked.weights)
+                    heard |= {update.client for _, update in asked.inbox}
             seconds.append(took)
-            if answered:
-                inbox.append(_answer(method, name, plans, state, edge))
-                sizes.append(sum(examples[plan.client] for plan in plans))
+            if heard:
+                inbox.append(_answer(method, name, [p for p in plans if p.client in heard], state, edge))
+                weights.append(sum(examples[plan.client] for plan in plans) / total)
                 round.carry(nbytes(state.adapter, plans[0].down), nbytes(inbox[-1][1].adapter, plans[0].up))
         if not inbox:
             return Played(state, {}, max(seconds, default=0.0))
-        after = reduce(method, state, inbox, [size / sum(sizes) for size in sizes])
+        after = reduce(method, state, inbox, weights)
         return Played(replace(after, round=round.number), {}, max(seconds))
 
     return Topology("hierarchy", peers=False, play=play)

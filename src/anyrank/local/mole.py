@@ -10,8 +10,8 @@ Names: gate = `<layer>.gate`, `[N, N d_out]`, and log tau = `<layer>.log_tau` am
 like a head; N = number of experts.
 Our readings: a block is an adapted layer, and every token has gates of its own. All experts count alike at the start (gate =
 0). To normalise is to divide by the length. The logarithm of tau is trained, which keeps tau above 0.
-Deviations: there are no factors, and every layer has rank 0, whatever a device affords; so the method is `fedavg`, or
-`local_only` for gates that stay with the client. The experts' own heads are not used; a head is trained with the gates.
+Deviations: there are no factors: every layer has rank 0, whatever a device affords, and all methods that do no more than
+average are one. The experts' own heads are not used; a head is trained with the gates.
 Traps: a gate belongs to these experts in this order.
 Cost: every expert's forward pass in every layer; N^2 d_out + 1 numbers for each layer to train and to send, both ways. The
 experts never travel: like the base model, clients have them.

@@ -35,13 +35,11 @@ def fed_plora() -> Method:
         return Adapter({name: lowrank.take(state.adapter.layers[name], slots) for name, slots in rest.items() if slots})
 
     def aggregate(state: State, inbox: Inbox, weights: Sequence[float]) -> State:
-        slots = [task.plan.slots for task, _ in inbox]
-        return state.with_layers(
-            {
-                layer: lowrank.by_slot(parts, shares, previous, slots)
-                for layer, parts, shares, previous in state.holders(inbox, weights)
-            }
-        )
+        layers = {}
+        for layer, parts, shares, previous in state.holders(inbox, weights):
+            slots = [t.plan.slots for t, update in inbox if update.adapter and layer in update.adapter.layers]
+            layers[layer] = lowrank.by_slot(parts, shares, previous, slots)
+        return state.with_layers(layers)
 
     claims = rbla().claims._replace(paper="Zhang et al., arXiv 2602.16936", down="(m + n) r")
     return baseline._replace(assign=at_random_slots, frozen=frozen, aggregate=aggregate, claims=claims)

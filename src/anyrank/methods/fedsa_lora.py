@@ -3,7 +3,7 @@
 Guo, Zeng, Wang, Fan, Wang, Qu. Selective Aggregation for Low-Rank Adaptation in Federated Learning. ICLR 2025,
 arXiv 2410.01463.
 
-    client:  trains A_k from A[:r_k] and B_k from its own last B_k, zero the first time; sends A_k, keeps B_k
+    client:  trains A_k from A[:r_k] and B_k from its own last B_k, the server's the first time; sends A_k, keeps B_k
     server:  A[j] = sum_{k: r_k > j} w_k A_k[j] / sum_{k: r_k > j} w_k
 
 Names: w_k = weights, r_k = rank of the update, j = slot.
@@ -11,7 +11,8 @@ Our readings: the paper has one rank; on a mixed fleet each row of A is averaged
 so that those without the row do not dilute it. A client whose rank has changed keeps the first columns of its B; columns
 that it did not have start at zero.
 Deviations: rows that nobody owns this round keep their value; the head is averaged, as by every method.
-Traps: there is no global adapter: on the server B stays at its first value, zero, so that its product adds nothing.
+Traps: there is no global adapter: on the server B stays at its first value, zero unless the run starts from an adapter. Norms
+of products are checked with that B, so that `server.norm_limit` does not act.
 Cost: O(sum_k r_k d_in); up and down A at the client's rank.
 """
 

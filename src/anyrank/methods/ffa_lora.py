@@ -7,7 +7,8 @@ Sun, Li, Li, Ding. Improving LoRA in Privacy-preserving Federated Learning. ICLR
 
 Names: w_k = weights, divided by the sum that arrived; pad = zero columns up to the server's rank.
 Our readings: the paper has one rank; on a mixed fleet client k uses the first r_k rows of the one A, which keeps the mean
-exact. A is LoRA's own first value, drawn from the run's seed by everyone, so that it never travels.
+exact. A is LoRA's own first value, drawn from the run's seed by everyone, so that it never travels; that of a start adapter
+is known to everyone like the base model.
 Deviations: slots above the largest rank of the round keep their value.
 Traps: exact is not lossless: of a slot held by clients of total weight w, w is left after every round.
 Cost: O(sum_k r_k d_out); up and down B at the client's rank.

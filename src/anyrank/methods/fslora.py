@@ -34,7 +34,7 @@ def fslora() -> Method:
 
     def assign(state: State, devices: Sequence[Device]) -> list[Plan]:
         rank = max(state.spec.levels)
-        return [replace(plan, scale=rank / plan.rank) for plan in at_random_slots(state, devices)]
+        return [replace(plan, scale=rank / max(plan.rank, 1)) for plan in at_random_slots(state, devices)]
 
     def dispatch(state: State, plan: Plan) -> Adapter:
         slots = plan.slots or range(plan.rank)
@@ -42,9 +42,10 @@ def fslora() -> Method:
         return Adapter(layers, state.adapter.dense)
 
     def aggregate(state: State, inbox: Inbox, weights: Sequence[float]) -> State:
-        slots, layers = [task.plan.slots for task, _ in inbox], {}
+        layers = {}
         for layer, parts, shares, previous in state.holders(inbox, weights):
-            starts = [task.start.layers[layer] for task, _ in inbox]
+            asked = [task for task, update in inbox if update.adapter and layer in update.adapter.layers]
+            slots, starts = [task.plan.slots for task in asked], [task.start.layers[layer] for task in asked]
             changes = [LowRank(now.A - then.A, now.B - then.B) for now, then in zip(parts, starts, strict=True)]
             mean = lowrank.padded_mean(changes, shares, previous.map(torch.zeros_like), slots)
             layers[layer] = LowRank(previous.A + mean.A, previous.B + mean.B)

@@ -74,7 +74,7 @@ def legend(
 
     claims = baseline.claims._replace(
         paper="Liu et al., arXiv 2412.20004",
-        down="(m + n) r",
+        down="(m + n) r" if send_frozen else "(m + n) r in the last k blocks",
         up="(m + n) r in the last k blocks",
         mixed_depths=True,
         topologies=("star", "hierarchy"),

@@ -2,7 +2,8 @@
 
     A_k, B_k, head_k stay with client k from round to round
 
-The server plays the client's memory: what a client returns is what it starts from when it is next sampled.
+The server plays the client's memory: what a client returns is what it starts from when it is next sampled. A run counts
+these messages and their time as those of any method; without a server there would be none.
 """
 
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ def local_only() -> Method:
     claims = baseline.claims._replace(
         paper="none: a baseline",
         cost="none",
+        down="nothing",
+        up="nothing",
         keeps_no_op=True,
         personal=True,
         topologies=("star",),

@@ -10,7 +10,8 @@ Names: w_k = weights, divided by the sum that arrived; pad = zero slots up to th
 Our readings: B first, since it starts at zero, where A has no gradient; the paper has one rank, and on a mixed fleet client
 k uses the first r_k slots of both factors, which keeps the mean exact.
 Deviations: slots above the largest rank of the round keep their value.
-Traps: exact only with a server: among peers the frozen factors differ, and nothing mixes them (`adf_lora` does).
+Traps: server momentum moves the resting factor on, too. Exact only with a server: among peers the frozen factors differ,
+and nothing mixes them (`adf_lora` does).
 Cost: O(sum_k r_k (d_in + d_out)); down both factors at the client's rank, up the one of the round.
 """
 
