@@ -13,6 +13,7 @@ from anyrank.engine import Evaluation, Federation, Progress, begin, rounds, samp
 from anyrank.errors import RoundFailed
 from anyrank.federation import Device, Failure, Task, Update
 from anyrank.methods import METHODS, server_optimizer
+from anyrank.record import RunFolder
 from anyrank.seeding import generator
 from anyrank.topology import TOPOLOGIES
 from anyrank.train import Score
@@ -95,6 +96,7 @@ def assert_equal(found: Progress, expected: Progress) -> None:
     assert found.fleet == expected.fleet
     assert (found.seconds, found.target_seconds) == (expected.seconds, expected.target_seconds)
     assert found.record == expected.record
+    assert [late.task.plan for late in found.late] == [late.task.plan for late in expected.late]
 
 
 # --- the record ---------------------------------------------------------------------------------------------------
@@ -130,6 +132,7 @@ def test_the_record_of_a_round():
         "planned_ranks": RANKS,
         "planned_blocks": dict.fromkeys(RANKS, 2),
         "returned_ranks": RANKS,
+        "late_replies": {},
         "rejected": [],
     }
     assert list(energy) == ["1-1", "2-2", "3-4"]
@@ -275,6 +278,8 @@ def test_dense_tensors_are_averaged_by_data_size_by_every_method(name):
     (after,) = play(run)
     heads = {t.plan.client: moved(t).dense["head"] for t in run.transport.asked if t.kind == "train"}
     mean = (10 * heads["ann"] + 20 * heads["bob"] + 40 * heads["dan"]) / 70
+    if run.method.claims.change:  # cat has changed nothing
+        mean = 0.7 * mean + 0.3 * SPEC.start.dense["head"]
     assert_close(after.state.adapter.dense["head"], mean, 1e-6)
 
 
@@ -366,6 +371,63 @@ def test_a_client_that_is_late_or_drops_out_is_not_trained():
         reasons |= set(missing.values())
     assert reasons == {"late", "dropped"}
     assert found[-1].seconds == pytest.approx(8 * 30.0)  # cat never comes, so the server always waits
+
+
+def test_a_late_reply_counts_when_it_comes_where_changes_are_added():
+    method = METHODS["anyrank"]()
+    run = federation(method=method, clock=Clock(deadline=30.0, seed=3), rounds=4)
+    slow = {**FLEET, "cat": replace(FLEET["cat"], steps=34)}  # 35.7 s: from round 1, 30 s long, into round 3
+    found = play(run, beginning(run, slow))
+    assert [list(after.record["planned_ranks"]) for after in found] == [
+        ["ann", "bob", "cat", "dan"],
+        ["ann", "bob", "dan"],  # cat is busy
+        ["ann", "bob", "dan"],
+        ["ann", "bob", "cat", "dan"],
+    ]
+    assert [after.record["late_replies"] for after in found] == [{}, {}, {"cat": 1}, {}]
+    assert [[late.task.round for late in after.late] for after in found] == [[1], [1], [], [4]]
+    assert [[r["stage"] for r in after.record["rejected"]] for after in found] == [["late"], [], [], ["late"]]
+
+    # Round 3 adds what the three changed now, and what cat changed to what it was sent in round 1.
+    tasks = {(task.round, task.plan.client): task for task in run.transport.asked if task.kind == "train"}
+    members = [(tasks[3, "ann"], 10 / 70), (tasks[3, "bob"], 20 / 70), (tasks[3, "dan"], 40 / 70)]
+    members.append((tasks[1, "cat"], 30 / 100))
+    before, after = found[1].state.adapter, found[2].state.adapter
+    for name, part in before.layers.items():
+        changes = [w * (moved(task).layers[name].product - task.start.layers[name].product) for task, w in members]
+        exact = part.product + sum(changes)
+        U, s, Vh = torch.linalg.svd(exact, full_matrices=False)
+        rank = part.rank
+        assert_close(after.layers[name].product, U[:, :rank] @ torch.diag(s[:rank]) @ Vh[:rank])
+    for name, tensor in before.dense.items():
+        assert_close(
+            after.dense[name], tensor + sum(w * (moved(t).dense[name] - t.start.dense[name]) for t, w in members)
+        )
+
+
+def test_a_round_does_not_last_longer_for_replies_to_earlier_ones():
+    run = federation(method=METHODS["anyrank"](), clock=Clock(deadline=30.0, seed=3), rounds=3)
+    slow = {**FLEET, "cat": replace(FLEET["cat"], steps=600)}
+    found = play(run, beginning(run, slow))
+    usual = play(federation(method=METHODS["anyrank"](), rounds=1))[-1].seconds
+    assert found[0].seconds == 30.0
+    assert found[2].seconds == pytest.approx(30.0 + 2 * usual, rel=0.2)
+    assert [late.task.round for late in found[2].late] == [1]
+
+
+def test_awaited_replies_survive_the_checkpoint(tmp_path):
+    def run():
+        return federation(method=METHODS["anyrank"](), clock=Clock(deadline=30.0, seed=3), rounds=4)
+
+    slow = {**FLEET, "cat": replace(FLEET["cat"], steps=34)}
+    whole = play(run(), beginning(run(), slow))
+    info = dict.fromkeys(["recipe", "rounds", "method", "versions", "data", "fleet", "modules_to_save"])
+    folder = RunFolder.create(tmp_path / "run", info)
+    for after in whole[:2]:
+        folder.save(after, real_seconds=0.0)
+    loaded = folder.load(SPEC, slow)
+    for found, expected in zip(play(run(), loaded), whole[2:], strict=True):
+        assert_equal(found, expected)
 
 
 # --- order, targets, pruning --------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ class Fake:
     copies: dict[str, int] = field(default_factory=dict)
     carried: list[tuple[int, int]] = field(default_factory=list)
 
-    def ask(self, tasks, *, copies=None):
+    def ask(self, tasks, *, copies=None, late=False):
         self.asked += tasks
         self.copies = dict(copies or {})
         inbox = [(task, reply(task, self.answer(task))) for task in tasks if self.answer(task)]

@@ -21,7 +21,7 @@ from anyrank.train import Score
 from anyrank.transport import Transport
 from anyrank.wire import bytes_down, bytes_up, check_norms, check_update, completed, nbytes
 
-__all__ = ["Evaluation", "Federation", "Progress", "begin", "rounds", "sample"]
+__all__ = ["Evaluation", "Federation", "Late", "Progress", "begin", "rounds", "sample"]
 
 _RHO = 0.8  # weight of the past in the moving averages of a device's times
 
@@ -77,6 +77,21 @@ class Federation:
 
 
 @dataclass(frozen=True, eq=False)
+class Late:
+    """A task whose reply missed its round, and counts in the one in which it comes.
+
+    Args:
+        task: what was asked. Its client is busy with it, and is not sampled before it has replied.
+        weight: its share of the examples that were asked for in its own round.
+        arrives: when its reply comes, on the virtual clock.
+    """
+
+    task: Task
+    weight: float
+    arrives: float
+
+
+@dataclass(frozen=True, eq=False)
 class Progress:
     """All that the next round depends on, and the record of the last one.
 
@@ -84,6 +99,7 @@ class Progress:
         state: the method's state; without a server, the mean of the peers'.
         fleet: devices by client, as the server knows them now.
         peers: without a server, each client's own state.
+        late: tasks of earlier rounds whose replies are still awaited; only methods that add changes wait for any.
         seconds: the virtual clock.
         target_seconds: what it showed when the target accuracy was reached, if it was.
         record: the last round as a flat JSON object; empty before the first.
@@ -92,6 +108,7 @@ class Progress:
     state: State
     fleet: Fleet
     peers: Mapping[str, State] = field(default_factory=dict)
+    late: tuple[Late, ...] = ()
     seconds: float = 0.0
     target_seconds: float | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
@@ -124,7 +141,9 @@ def sample(fleet: Fleet, *, per_round: int, seed: int, round: int) -> list[Devic
 
 def _play(federation: Federation, progress: Progress) -> Progress:
     number = progress.state.round + 1
-    sampled = sample(progress.fleet, per_round=federation.per_round, seed=federation.seed, round=number)
+    busy = {late.task.plan.client for late in progress.late}
+    free = {client: device for client, device in progress.fleet.items() if client not in busy}
+    sampled = sample(free, per_round=federation.per_round, seed=federation.seed, round=number)
     round = _Round(federation, progress)
     state, peers, took = federation.topology.play(federation.method, progress.state, progress.peers, sampled, round)
     if not round.inbox:
@@ -135,7 +154,7 @@ def _play(federation: Federation, progress: Progress) -> Progress:
         )
     fleet = {**progress.fleet, **round.learned()}
     seconds = progress.seconds + took
-    after = Progress(state, fleet, peers, seconds, progress.target_seconds)
+    after = Progress(state, fleet, peers, tuple(round.late), seconds, progress.target_seconds)
     scores = _evaluate(federation, after, [fleet[device.client] for device in sampled])
     target = federation.evaluation.target
     if after.target_seconds is None and target is not None and (scores["accuracy"] or 0.0) >= target:
@@ -164,12 +183,18 @@ class _Round:
         self.inbox: list[tuple[Task, Update]] = []
         self.failures: list[Failure] = []
         self.arrivals: list[Arrival] = []
+        self.now, self.late = progress.seconds, list(progress.late)
         self.bytes_down = self.bytes_up = 0
 
-    def ask(self, tasks: Sequence[Task], *, copies: Mapping[str, int] | None = None) -> Asked:
+    def ask(self, tasks: Sequence[Task], *, copies: Mapping[str, int] | None = None, late: bool = False) -> Asked:
         """Have tasks carried out, and account for them."""
         arrivals = self._arrivals(tasks, copies)
-        inbox, failures = _collect(self.federation, tasks, arrivals)
+        seconds = round_seconds(arrivals, self.federation.clock.deadline)
+        examples = {task.plan.client: self.fleet[task.plan.client].num_examples for task in tasks}
+        shares = {client: count / sum(examples.values()) for client, count in examples.items()}
+        due = self._due(tasks, arrivals, shares, seconds) if late else []
+        shares |= {come.task.plan.client: come.weight for come in due}
+        inbox, failures = _collect(self.federation, [*tasks, *(come.task for come in due)], arrivals)
         down = sum(bytes_down(task) for task in tasks) if copies is None else 0
         up = sum(bytes_up(task, update) * (1 if copies is None else copies[update.client]) for task, update in inbox)
         self.carry(down if copies is None else up, up)
@@ -177,9 +202,21 @@ class _Round:
         self.inbox += inbox
         self.failures += failures
         self.arrivals += arrivals
-        examples = {task.plan.client: self.fleet[task.plan.client].num_examples for task in tasks}
-        weights = [examples[update.client] / sum(examples.values()) for _, update in inbox]
-        return Asked(inbox, weights, round_seconds(arrivals, self.federation.clock.deadline))
+        return Asked(inbox, [shares[update.client] for _, update in inbox], seconds)
+
+    def _due(
+        self, tasks: Sequence[Task], arrivals: Sequence[Arrival], shares: Mapping[str, float], seconds: float
+    ) -> list[Late]:
+        """The late tasks whose replies come within the round's `seconds`; those of `tasks` that are late now are noted."""
+        due = [late for late in self.late if late.arrives <= self.now + seconds]
+        by_client = {task.plan.client: task for task in tasks}
+        self.late = [late for late in self.late if late not in due]
+        for arrival in arrivals:
+            if arrival.outcome == "late":
+                task = by_client[arrival.client]
+                task = replace(task, frozen=task.applied, folds=())  # the state's folds may be other ones by then
+                self.late.append(Late(task, shares[arrival.client], self.now + arrival.seconds))
+        return due
 
     def carry(self, down: int, up: int) -> None:
         """Account for bytes that travel besides those of the clients' tasks."""
@@ -240,6 +277,7 @@ class _Round:
             "planned_ranks": {task.plan.client: task.plan.rank for task in self.tasks},
             "planned_blocks": {t.plan.client: len({blocks[name] for name in t.plan.ranks}) for t in self.tasks},
             "returned_ranks": {u.client: max(u.adapter.ranks.values(), default=0) for _, u in self.inbox if u.adapter},
+            "late_replies": {u.client: u.round for _, u in self.inbox if u.round < self.number},
             "rejected": [{"client": f.client, "stage": f.stage, "reason": f.reason} for f in self.failures],
         }
 
@@ -260,7 +298,7 @@ def _collect(
         if reply.client in expected:
             replies[reply.client] = _checked(federation.method, expected[reply.client], reply)
     for client in expected.keys() - replies.keys():
-        replies[client] = Failure(client, tasks[0].round, "dropped", "sent no reply")
+        replies[client] = Failure(client, by_client[client].round, "dropped", "sent no reply")
     updates = [reply for client in by_client if isinstance(reply := replies[client], Update)]
     for client, error in check_norms(updates, federation.norm_limit).items():
         replies[client] = _rejection(by_client[client], error)

@@ -382,7 +382,8 @@ class Claims(NamedTuple):
         keeps_no_op: a round in which clients return what they received changes nothing, at any mix of ranks.
         prunes: clients may return a smaller rank than planned, and keep it.
         personal: there is no global adapter; every client has its own, or a part of its own.
-        change: the aggregate adds what clients changed, so that weights that sum to less than one make a smaller step.
+        change: the aggregate adds what clients changed, so that weights that sum to less than one make a smaller step, and
+            a reply that comes late counts in a later round.
         topologies: those in which it works.
         needs: why it does not work in the others.
     """

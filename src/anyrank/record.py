@@ -10,15 +10,15 @@ compare/NAME/       run folders of the baselines that the recipe compares with
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from anyrank import lowrank
 from anyrank.adapter import Adapter
-from anyrank.engine import Progress
+from anyrank.engine import Late, Progress
 from anyrank.errors import RecordError
-from anyrank.federation import Device, Fold, Spec, State, Times
+from anyrank.federation import Device, Fold, Plan, Spec, State, Task, Times
 from anyrank.wire import decode, encode
 
 __all__ = ["FORMAT", "RunFolder"]
@@ -131,8 +131,12 @@ class RunFolder:
             "fleet": {client: _learned(device) for client, device in progress.fleet.items()},
             "seconds": progress.seconds,
             "states": {name: _outline(state) for name, state in states.items()},
+            "late": [_pending(late) for late in progress.late],
         }
         adapters = {f"{i} {part}": a for i, state in enumerate(states.values()) for part, a in _parts(state).items()}
+        for late in progress.late:
+            client = late.task.plan.client
+            adapters |= {f"late start {client}": late.task.start, f"late frozen {client}": late.task.frozen}
         packed = encode(adapters, header)
         (self.path / "checkpoint").mkdir(exist_ok=True)
         _replace_file(self.path / "checkpoint" / "state.safetensors", packed)
@@ -177,7 +181,8 @@ class RunFolder:
         }
         devices = {client: _reminded(device, header["fleet"][client]) for client, device in fleet.items()}
         state = states.pop("")
-        return Progress(state, devices, states, header["seconds"], reached[0] if reached else None)
+        late = tuple(_awaited(entry, adapters) for entry in header["late"])
+        return Progress(state, devices, states, late, header["seconds"], reached[0] if reached else None)
 
     def _keep(self, records: list[dict[str, Any]]) -> None:
         if (self.path / "rounds.jsonl").exists():
@@ -222,6 +227,25 @@ def _restored(spec: Spec, round: int, outline: Any, adapters: Mapping[str, Adapt
         extra={name: adapters[f"{i} extra {name}"] for name in outline["extra"]},
         notes=outline["notes"],
     )
+
+
+def _pending(late: Late) -> dict[str, Any]:
+    """What belongs to a late task besides its adapters."""
+    task = late.task
+    return {
+        "round": task.round,
+        "plan": asdict(task.plan),
+        "held": task.held,
+        "weight": late.weight,
+        "at": late.arrives,
+    }
+
+
+def _awaited(entry: Any, adapters: Mapping[str, Adapter]) -> Late:
+    slots = entry["plan"]["slots"]
+    plan = Plan(**entry["plan"] | {"slots": slots and tuple(slots)})
+    start, frozen = (adapters[f"late {part} {plan.client}"] for part in ("start", "frozen"))
+    return Late(Task("train", entry["round"], plan, start, frozen, held=entry["held"]), entry["weight"], entry["at"])
 
 
 def _learned(device: Device) -> dict[str, Any]:

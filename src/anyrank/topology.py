@@ -44,12 +44,14 @@ class Round(Protocol):
     number: int
     seed: int
 
-    def ask(self, tasks: Sequence[Task], *, copies: Mapping[str, int] | None = None) -> Asked:
+    def ask(self, tasks: Sequence[Task], *, copies: Mapping[str, int] | None = None, late: bool = False) -> Asked:
         """Have tasks carried out, and account for them.
 
         Args:
             tasks: at most one for each client.
             copies: between peers, to how many others each client's update goes; a task then does not travel.
+            late: a reply that misses the deadline is waited for, and is in the inbox of the round in which it comes, with
+                the weight that it would have had in its own.
         """
         ...
 
@@ -86,9 +88,10 @@ class Topology(NamedTuple):
 
 
 def combine(method: Method, state: State, inbox: Inbox, weights: Sequence[float]) -> State:
-    """One aggregation: the method's layers, the mean of the dense tensors over their holders."""
+    """One aggregation: the method's layers; of the dense tensors the mean over their holders, or what they changed."""
     aggregated = method.aggregate(state, inbox, weights)
-    return aggregated.with_adapter(Adapter(aggregated.adapter.layers, _mean_dense(state, inbox, weights)))
+    dense = (_changed_dense if method.claims.change else _mean_dense)(state, inbox, weights)
+    return aggregated.with_adapter(Adapter(aggregated.adapter.layers, dense))
 
 
 def reduce(method: Method, state: State, inbox: Inbox, weights: Sequence[float]) -> State:
@@ -110,17 +113,26 @@ def _mean_dense(state: State, inbox: Inbox, weights: Sequence[float]) -> dict[st
     return mean
 
 
+def _changed_dense(state: State, inbox: Inbox, weights: Sequence[float]) -> dict[str, Tensor]:
+    changed = dict(state.adapter.dense)
+    for (task, update), weight in zip(inbox, weights, strict=True):
+        for name, tensor in update.adapter.dense.items() if update.adapter else ():
+            changed[name] = changed[name] + weight * (tensor - task.start.dense[name])
+    return changed
+
+
 # --- with a server ------------------------------------------------------------------------------------------------
 
 
 def star() -> Topology:
-    """One server; every sampled client is asked once."""
+    """One server; every sampled client is asked once. Changes to what was sent count also when they come late."""
 
     def play(
         method: Method, state: State, peers: Mapping[str, State], devices: Sequence[Device], round: Round
     ) -> Played:
         plans = method.assign(state, devices)
-        asked = round.ask([make_task(method, state, plan, held=round.held(plan.client)) for plan in plans])
+        tasks = [make_task(method, state, plan, held=round.held(plan.client)) for plan in plans]
+        asked = round.ask(tasks, late=method.claims.change)
         if not asked.inbox:
             return Played(state, {}, asked.seconds)
         after = reduce(method, state, asked.inbox, asked.weights)

@@ -9,7 +9,8 @@ arXiv 2505.18494; Fed-PLoRA, arXiv 2602.16936) and averages of products kept fac
     server:    D <- SVD_R( D + sum_k w_k (U_k - S_k) )
 
 Names: w_k = weights, as shares of the examples that were asked for, not divided by what arrived: a client that does not
-reply has changed nothing. SVD_R = `lowrank.svd` of the stacked factors.
+reply has changed nothing. Of a reply that comes late, S_k is what its client was sent, and w_k its share of the round in
+which it was asked. SVD_R = `lowrank.svd` of the stacked factors.
 What follows: a client says nothing about directions that it did not receive, so nothing has to be diluted or scaled up for
 them, and a round in which nobody changes anything changes nothing. With the frozen part every client starts from the
 global model, so that an optimum is a fixed point; without it (`frozen = false`, half the download of a small client and
