@@ -113,7 +113,7 @@ def test_ratios_do_not_lose_a_rank_to_rounding():
 
 def test_ratios_report_everything_wrong():
     assert len(problems_of(ratios, values=[0.0, 1.5], of=0)) == 3
-    assert problems_of(ratios, values=[], of=4) == ("values: expected at least one share, got none",)
+    assert problems_of(ratios, values=[], of=4) == ("ranks.values: expected at least one share, got none",)
 
 
 @given(smallest=st.integers(1, 20), width=st.integers(0, 40), alpha=st.floats(-5, 5), seed=st.integers(0, 9))

@@ -284,6 +284,9 @@ def test_export_gives_the_best_adapter_of_a_rank(finished, tmp_path):
         best = U[:, :2] * S[:2] @ Vt[:2]
         assert torch.allclose(small.layers[name].product, best, atol=1e-5)
     assert json.loads((tmp_path / "small" / "adapter_config.json").read_text())["r"] == 2
+    assert "accuracy" not in (tmp_path / "small" / "README.md").read_text()  # never scored at this rank
+    anyrank.export(finished.path, 4, tmp_path / "whole")
+    assert f"accuracy of {finished.records()[-1]['accuracy']:.4f}" in (tmp_path / "whole" / "README.md").read_text()
     with pytest.raises(ConfigError, match="expected a rank from 1 to 4"):
         anyrank.export(finished.path, 5, tmp_path / "large")
     with pytest.raises(RecordError, match="not an empty folder"):
@@ -362,6 +365,12 @@ def test_the_rank_policies_and_partitions_of_a_recipe_reach_the_fleet(tiny):
     ("overrides", "said"),
     [
         (["data.label=labl"], "labl"),
+        (
+            ["method.name=legend", "fleet.classes.weak.device=x", "fleet.classes.strong.device=x",
+             "devices.x={forward_flops=1,backward_flops=1,memory_bytes=1000,up_bps=1,down_bps=1}"],
+            "legend has no work that any of the devices can hold",
+        ),
+        (["method.name=hra_lora", "fleet.classes.strong.rank=40"], "rank 80 is above the larger side"),
         (["topology.name=ring", "method.name=flora"], "folds are numbered by one server"),
         (["method.name=hier_fedlora"], "Use hierarchy"),
         (["method.name=flora", "server.momentum=0.5"], "adds products to the base model"),
@@ -404,7 +413,12 @@ def test_check_tells_what_each_device_class_is_asked_for(tiny):
     assert "rank 40 is above 32" in remarks[0]
     demands, remarks = anyrank.check(recipe(tiny, "method.name=fedavg"))
     assert {d.rank for d in demands} == {1}
-    assert "everyone trains at rank 1" in remarks[0]
+    assert "everyone trains at rank 1, the smallest" in remarks[0]
+    tight = "devices.x={forward_flops=1,backward_flops=1,memory_bytes=1000,up_bps=1,down_bps=1}"
+    demands, remarks = anyrank.check(recipe(tiny, "method.name=legend", tight, "fleet.classes.weak.device=x"))
+    assert [(d.kind, d.rank, d.clients) for d in demands] == [("strong", 4, 3)]
+    assert "everyone trains at rank 4, the largest" in remarks[0]
+    assert "3 of 6 clients can hold; they sit out: client-01" in remarks[1]
 
 
 def test_a_client_that_diverges_is_left_out_by_name(tiny, tmp_path, monkeypatch):
@@ -432,6 +446,56 @@ def test_a_client_that_diverges_is_left_out_by_name(tiny, tmp_path, monkeypatch)
         patch.setattr(train, "train", diverging)
         with pytest.raises(RoundFailed, match="round 1: none of 4 clients returned a valid update: client-0"):
             anyrank.run(recipe(tiny), tmp_path / "none")
+
+
+@pytest.mark.parametrize("local", ["lora", "lora_rite", "lora_pro"])
+def test_training_that_diverges_is_an_error_of_the_round(tiny, tmp_path, local):
+    wild = recipe(tiny, f"local.name={local}", "train.learning_rate=1000", "train.steps=20")
+    with pytest.raises(RoundFailed, match=r"client-0. \(rejected: "):
+        anyrank.run(wild, tmp_path / "run")
+
+
+def test_what_a_client_keeps_survives_a_round_in_which_it_diverges(tiny, tmp_path, monkeypatch):
+    from anyrank import train
+
+    original = train.train
+
+    def diverging(model, task, *given, **arguments):
+        adapter, metrics = original(model, task, *given, **arguments)
+        return (
+            adapter.map(lambda t: t * float("nan")) if task.round == 1 and task.plan.client == "client-01" else adapter
+        ), metrics
+
+    monkeypatch.setattr(train, "train", diverging)
+    run = anyrank.run(recipe(tiny, "method.name=fedsa_lora", "fleet.per_round=6"), tmp_path / "run")
+    assert [len(record["rejected"]) for record in run.records()] == [1, 0, 0]
+
+
+def test_only_clients_that_were_heard_have_an_adapter_of_their_own(tiny, tmp_path):
+    devices = "devices.slow={forward_flops=1,backward_flops=1,memory_bytes=1e9,up_bps=1e9,down_bps=1e9}"
+    settings = ["clock.deadline=100", devices, "fleet.classes.weak.device=slow", "method.name=fedsa_lora"]
+    run = anyrank.run(recipe(tiny, *settings, "fleet.per_round=6", "rounds=2"), tmp_path / "run")
+    heard = {client for record in run.records() for client in record["returned_ranks"]}
+    assert len(heard) == 3
+    assert {path.name for path in (run.path / "clients").iterdir()} == heard
+
+
+def test_a_baseline_that_fails_leaves_the_run_as_it_is(tiny, tmp_path):
+    heard = []
+
+    class Listener(anyrank.Observer):
+        def noticed(self, remark):
+            heard.append(remark)
+
+    devices = "devices.slow={forward_flops=1,backward_flops=1,memory_bytes=1e9,up_bps=1e9,down_bps=1e9}"
+    settings = ["clock.deadline=100", devices, "fleet.classes.strong.device=slow", "fleet.per_round=6", "rounds=1"]
+    chosen = recipe(tiny, *settings, "compare=['strong_only', 'homogeneous_smallest']")
+    run = anyrank.run(chosen, tmp_path / "run", observer=Listener())
+    assert (run.path / "adapter").exists()
+    assert [
+        remark for remark in heard if remark.startswith("the baseline strong_only is not compared: round 1: none of 3")
+    ]
+    assert (run.path / "compare" / "homogeneous_smallest" / "adapter").exists()
 
 
 def test_deadlines_dropouts_and_targets_are_simulated(tiny, tmp_path):

@@ -2,11 +2,15 @@
 
 import json
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from anyrank.api import load_recipe, run
 from anyrank.cli import main
+from anyrank.display import LiveObserver
 from tiny import recipe_toml, write_model, write_reviews
 
 
@@ -121,6 +125,44 @@ def test_a_place_that_cannot_be_written_is_named(anyrank, recipe):
     assert "Traceback" not in error
 
 
+def test_only_a_run_that_was_begun_is_said_to_go_on(anyrank, recipe):
+    anyrank("run", recipe, "--set", "rounds=1", "--out", "run")
+    code, _, error = anyrank("report", "run", "-o", ".")
+    assert code == 1
+    assert "Is a directory" in error
+    assert "--resume" not in error
+
+
+def test_a_baseline_that_is_not_evaluated_yet_is_said_so(anyrank, recipe):
+    anyrank("run", recipe, "--set", "rounds=1", "--set", 'compare=["strong_only"]', "--out", "run")
+    file = Path("run/compare/strong_only/rounds.jsonl")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"accuracy": None}) + "\n")
+    code, out, _ = anyrank("run", "--resume", "run")
+    assert code == 0
+    assert "not evaluated" in next(line for line in out.splitlines() if "strong_only baseline" in line)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [["clock.dropout=0.5"], ["topology.name=hierarchy", "topology.repeats=2"]],
+    ids=["dropouts", "repeats"],
+)
+def test_the_bar_is_full_when_the_rounds_are_over(recipe, tmp_path, changes):
+    class Watched(LiveObserver):
+        def replied(self, reply):
+            super().replied(reply)
+            shown.append(self._bar.tasks[0].completed)
+
+        def finished_round(self, record):
+            super().finished_round(record)
+            assert self._bar.tasks[0].completed == 4 * record["round"]
+
+    shown = []
+    run(load_recipe(recipe, changes), tmp_path / "run", observer=Watched(Console(file=StringIO())))
+    assert shown == sorted(shown)
+    assert shown[-1] <= 12
+
+
 def test_names_of_the_user_are_no_markup(anyrank, recipe):
     classes = 'fleet.classes={"[/x]"={device="phone",rank=1}}'
     code, out, _ = anyrank("run", recipe, "--set", "rounds=1", "--set", classes, "--out", "[red]x[/red]")
@@ -137,15 +179,14 @@ def test_debug_shows_the_traceback(anyrank):
     anyrank("methods")
 
 
-def test_an_interrupted_run_says_how_to_go_on(anyrank, recipe, monkeypatch):
-    from anyrank import display
-
+@pytest.mark.parametrize(("stop", "exit"), [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 1)])
+def test_an_interrupted_run_says_how_to_go_on(anyrank, recipe, monkeypatch, stop, exit):
     def interrupt(self, record):
-        raise KeyboardInterrupt
+        raise stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(display.LiveObserver, "finished_round", interrupt)
+        patch.setattr(LiveObserver, "finished_round", interrupt)
         code, _, error = anyrank("run", recipe, "--out", "stopped")
-    assert code == 130
+    assert code == exit
     assert "anyrank run --resume stopped" in error
     assert anyrank("run", "--resume", "stopped")[0] == 0

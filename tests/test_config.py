@@ -57,6 +57,29 @@ def test_all_problems_come_at_once():
         ("rounds.x=1", "rounds is a value, not a table"),
         ("evaluate.stop_at_target=true", "stop_at_target needs a target"),
         ("train.learning_rate=nan", "train.learning_rate: input should be"),
+        ("server.norm_limit=inf", "server.norm_limit: input should be a finite number, got inf"),
+        ("local={name='lora_rite', clip=inf}", "local.clip: input should be a finite number, got inf"),
+        ("partition={name='iid', clients=true}", "partition.clients: input should be a valid integer, got True"),
+        ("partition={name='iid', clients=2.0}", "partition.clients: input should be a valid integer, got 2.0"),
+        ("rounds=true", "rounds: input should be a valid integer, got True"),
+        ("clock.dropout=true", "clock.dropout: input should be a valid number, got True"),
+        ("evaluate.target=true", "evaluate.target: input should be a valid number, got True"),
+        ("topology.edges=2", "topology.edges: unknown key; accepted by star: name."),
+        ("local.foo=3", "local.foo: unknown key; accepted by lora: name."),
+        ("method={}", "method.name: is missing; there are: fedavg"),
+        (
+            "clock.changes=[{round=2, kind='weak', slowdown=-1.0}]",
+            "clock.changes.0.slowdown: input should be greater than 0",
+        ),
+        ("clock.changes=[{round=2, kind='weak', slowdown=inf}]", "clock.changes.0.slowdown: input should be a finite"),
+        (
+            "clock.changes=[{round=-2, kind='weak', slowdown=2}]",
+            "clock.changes.0.round: input should be greater than or",
+        ),
+        (
+            "clock.changes=[{round=2, kind='weak', slowdown=2, knd='x'}]",
+            "clock.changes.0.knd: unknown key (did you mean kind?); accepted here: round, kind, slowdown.",
+        ),
     ],
 )
 def test_a_wrong_value_says_what_is_accepted(override, said):
@@ -75,6 +98,15 @@ def test_another_choice_takes_the_place_of_the_old_one_and_its_arguments(tmp_pat
     assert load_recipe(file).method["gamma"] == 0.9
     assert load_recipe(file, ["method.name=rbla"]).method == {"name": "rbla"}
     assert load_recipe(file, ["partition.name=iid", "partition.clients=12"]).partition["clients"] == 12
+
+
+def test_a_table_that_may_be_left_out_may_leave_out_its_name():
+    assert load_recipe(None, {"topology": {}, "local": {}}).topology == {"name": "star"}
+
+
+def test_a_whole_number_is_a_number():
+    recipe = load_recipe(None, ["lora.scale=3", "method={name='hetlora', gamma=1}"])
+    assert (recipe.lora.scale, recipe.method["gamma"]) == (3.0, 1.0)
 
 
 def test_steps_and_epochs_exclude_each_other_and_an_override_replaces_the_other():

@@ -367,10 +367,10 @@ def test_sources_that_are_not_there_or_not_data(tmp_path, source, expected):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"text": ()}, "expected one column, or two different ones"),
+        ({"text": ()}, r"data\.text: expected one column, or two different ones"),
         ({"text": ("text", "text")}, "expected one column, or two different ones"),
-        ({"text": ("text", "mood")}, "neither the label column"),
-        ({"test_share": 1.0}, "expected a number between 0 and 1.*got 1.0"),
+        ({"text": ("text", "mood")}, r"data\.text: expected neither the label column"),
+        ({"test_share": 1.0}, r"data\.test_share: expected a number between 0 and 1.*got 1.0"),
         ({"test": "gone.csv"}, "gone.csv: there is no such file"),
     ],
 )

@@ -113,6 +113,10 @@ def test_ranks_never_fall_towards_the_output_and_end_at_the_fleets_largest(shape
     assert found[-1] == largest
 
 
+def test_without_factors_every_rank_is_0():
+    assert set(rank_list(spec_of(3, (0,)), "arithmetic", 1).values()) == {0}
+
+
 def test_the_rank_list_counts_blocks_that_hold_a_layer():
     layers = (Layer("a", 3, 2, 1), Layer("b", 3, 2, 4), Layer("c", 3, 2, 5))
     spec = replace(spec_of(7, (1, 6)), layers=layers)
@@ -531,7 +535,7 @@ class Adding:
     def __init__(self, devices: Sequence[Device]):
         self.sizes, self.asked = {device.client: device.num_examples for device in devices}, Counter()
 
-    def ask(self, tasks, *, copies=None):
+    def ask(self, tasks, *, neighbours=None, late=False):
         self.asked.update(task.plan.client for task in tasks)
         inbox = [answered(task, task.start.map(lambda tensor: tensor + 1)) for task in tasks]
         total = sum(self.sizes[task.plan.client] for task in tasks)

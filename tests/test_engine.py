@@ -415,6 +415,16 @@ def test_a_round_does_not_last_longer_for_replies_to_earlier_ones():
     assert [late.task.round for late in found[2].late] == [1]
 
 
+def test_a_round_without_a_reply_in_time_waits_for_the_first_late_one():
+    run = federation(method=METHODS["anyrank"](), clock=Clock(deadline=1.0, seed=3), rounds=2)
+    first, second = play(run)
+    assert list(first.record["returned_ranks"]) == ["cat", "dan"]  # both after 3.7 s, ann and bob later
+    assert first.seconds == pytest.approx(3.7, abs=0.01)
+    assert [late.task.plan.client for late in first.late] == ["ann", "bob"]
+    assert second.record["late_replies"] == {"ann": 1, "bob": 1}
+    assert list(second.record["planned_ranks"]) == ["cat", "dan"]
+
+
 def test_awaited_replies_survive_the_checkpoint(tmp_path):
     def run():
         return federation(method=METHODS["anyrank"](), clock=Clock(deadline=30.0, seed=3), rounds=4)

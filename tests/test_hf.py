@@ -332,6 +332,9 @@ def test_costs_do_not_depend_on_which_layers_are_adapted(base):
     )
     assert [layer.block for layer in pooled.layers] == [0, 1, 1]
     assert pooled.cost(batch_size=4, tokens=8) == every
+    model = hf.load_classifier(base, label_names=LABELS, seed=0)
+    (pooler,) = hf.AdaptedModel(model, scale=2.0, target_modules=["pooler.dense"]).layers
+    assert pooler.block == 1
 
 
 def test_a_damaged_model_is_explained(base, tmp_path):

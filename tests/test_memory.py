@@ -2,7 +2,7 @@
 
 import torch
 
-from anyrank.memory import Memory
+from anyrank.memory import Memory, folder_name
 from federations import assert_same, one_layer
 
 
@@ -28,6 +28,18 @@ def test_the_two_newest_rounds_are_kept_with_all_their_phases(tmp_path):
     assert len(list(tmp_path.rglob("*.safetensors"))) == 4
     assert_same(memory.read("ann", before=(12, 1)), kept(12))
     assert_same(memory.read("ann", before=(12, 0)), kept(11.5))
+
+
+def test_a_long_name_keeps_its_beginning_and_stays_its_own(tmp_path):
+    long = "Иван " * 12
+    memory = Memory(tmp_path)
+    for value, name in enumerate((long, long + "ы")):
+        memory.write(name, (1, 0), kept(value))
+    assert_same(memory.read(long, before=(2, 0)), kept(0))
+    assert folder_name(long).startswith("%D0%98")
+    assert len(folder_name("x" * 999)) < 128
+    assert folder_name("x" * 100) == "x" * 100
+    assert folder_name("ann.b/c d") == "ann%2Eb%2Fc d"
 
 
 def test_a_clients_name_stays_one_folder(tmp_path):

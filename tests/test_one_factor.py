@@ -55,7 +55,9 @@ class Exchange:
     client: Callable[[Task], Adapter]
     seed: int = 0
 
-    def ask(self, tasks: Sequence[Task], *, copies: Mapping[str, int] | None = None) -> Asked:
+    def ask(
+        self, tasks: Sequence[Task], *, neighbours: Mapping[str, Sequence[str]] | None = None, late: bool = False
+    ) -> Asked:
         inbox = [(task, completed(task, reply(task, self.client(task)))) for task in tasks]
         return Asked(inbox, [1 / len(inbox)] * len(inbox), 0.0)
 

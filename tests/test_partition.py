@@ -101,6 +101,11 @@ def test_natural_clients_are_the_values_of_a_column(caplog):
     assert "1 clients with fewer than min_examples = 2, and 2 training examples in all" in caplog.text
 
 
+def test_an_empty_name_is_none():
+    data = Dataset.from_dict({"label": [0] * 4, "who": ["", "ann", "", "ann"]})
+    assert list(deal("by_column", data, column="who")) == ["ann"]
+
+
 def test_numbers_name_natural_clients_too():
     parts = deal("by_column", Dataset.from_dict({"label": [0] * 3, "who": [3, 20, 3]}), column="who", min_examples=1)
     assert list(parts) == ["20", "3"]
@@ -110,13 +115,17 @@ def test_numbers_name_natural_clients_too():
     ("name", "arguments", "expected"),
     [
         ("iid", {"clients": 11}, r"clients = 11 needs 11 training examples, found 10"),
-        ("iid", {"clients": 0}, r"clients: expected 1 or more, got 0"),
+        ("iid", {"clients": 0}, r"partition\.clients: expected 1 or more, got 0"),
         ("shards", {"clients": 6}, r"clients = 6 x per_client = 2 needs 12 training examples, found 10"),
         ("quantity", {"clients": 4, "min_examples": 3}, r"needs 12 training examples, found 10"),
-        ("quantity", {"clients": 2, "alpha": 0.0}, r"alpha: expected a number above 0, got 0.0"),
+        ("quantity", {"clients": 2, "alpha": 0.0}, r"partition\.alpha: expected a number above 0, got 0.0"),
         ("dirichlet", {"clients": 2}, r"clients = 2 x min_examples = 10 needs 20"),
         ("dirichlet", {"clients": 5, "alpha": 0.001, "min_examples": 2}, r"1000 draws .*raise alpha, or lower"),
-        ("by_column", {"column": "lable"}, r"no column 'lable'; the columns are label; did you mean 'label'\?"),
+        (
+            "by_column",
+            {"column": "lable"},
+            r"partition\.column: there is no column 'lable'; the columns are label; did you mean 'label'\?",
+        ),
         ("by_column", {"column": "label", "min_examples": 9}, r"none of the 2 clients .*lower it"),
     ],
 )

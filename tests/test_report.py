@@ -13,10 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anyrank.engine import Progress
 from anyrank.errors import RecordError
-from anyrank.record import FORMAT
+from anyrank.methods.fedavg import fedavg
+from anyrank.record import FORMAT, RunFolder
 from anyrank.report import render, runs
 from anyrank.report.charts import Axis, Bar, Column, Level, Point, Series, areas, bars, columns, lines, ticks
+from federations import Setup, state_of
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 FLEET = {
@@ -220,6 +223,18 @@ def test_a_round_that_was_not_measured_is_left_out_of_the_curve(tmp_path):
     page = render([write_run(tmp_path / "run", entries, rounds=4)])
     tips = [title.text for title in chart(page, "Accuracy over rounds").iter("title")]
     assert [tip.split("\n")[0] for tip in tips] == ["run, round 1", "run, round 4"]
+
+
+def test_a_number_that_is_not_finite_is_null_in_the_record_and_left_out_of_the_page(tmp_path):
+    nan, path = float("nan"), write_run(tmp_path / "run", [])
+    record = entry(1, loss=nan, train_loss=float("inf"), energy={"1-4": nan, "5-8": 1.0})
+    progress = Progress(state_of(fedavg(), Setup()), {}, record=record)
+    RunFolder(path, INFO).save(progress, real_seconds=1.0)
+    (line,) = (path / "rounds.jsonl").read_text().splitlines()
+    found = json.loads(line, parse_constant=pytest.fail)
+    assert (found["loss"], found["train_loss"], found["energy"]) == (None, None, {"1-4": None, "5-8": 1.0})
+    assert found["accuracy"] == record["accuracy"]
+    assert render([path])
 
 
 def test_a_compared_run_of_one_round_is_a_level_with_its_name(tmp_path):

@@ -452,7 +452,7 @@ class Echo:
 
     number, seed = 1, 0
 
-    def ask(self, tasks, *, copies=None):
+    def ask(self, tasks, *, neighbours=None, late=False):
         return Asked([(task, reply(task, task.start)) for task in tasks], [1 / len(tasks)] * len(tasks), 1.0)
 
     def carry(self, down, up):
@@ -484,7 +484,7 @@ def test_an_edge_answers_for_the_random_slots_of_its_clients():
     state = state_of(method, Setup(ranks=(1,), sizes=(1,), spare=3))
 
     class Doubled(Echo):
-        def ask(self, tasks, *, copies=None):
+        def ask(self, tasks, *, neighbours=None, late=False):
             return Asked([(task, reply(task, task.start.map(lambda t: 2 * t))) for task in tasks], [1.0], 1.0)
 
     after = TOPOLOGIES["hierarchy"](edges=1, repeats=2).play(method, state, {}, [member], Doubled()).state

@@ -86,12 +86,12 @@ def listed(clients: Sequence[Candidate], rng: np.random.Generator, *, values: Se
         ConfigError: another number of ranks, or a rank below 1.
     """
     problems = [
-        f"ranks, position {position}: rank is {value}; expected at least 1"
+        f"ranks.values, position {position}: rank is {value}; expected at least 1"
         for position, value in enumerate(values, start=1)
         if value < 1
     ]
     if len(values) != len(clients):
-        problems.append(f"ranks: {len(values)} values for {len(clients)} clients; give one rank for each client")
+        problems.append(f"ranks.values: {len(values)} values for {len(clients)} clients; give one rank for each client")
     if problems:
         raise ConfigError(problems)
     return {client.client: value for client, value in zip(clients, values, strict=True)}
@@ -111,7 +111,7 @@ def data_size(clients: Sequence[Candidate], rng: np.random.Generator, *, largest
         ConfigError: a largest rank below 1.
     """
     if largest < 1:
-        raise ConfigError(f"largest: expected a rank of at least 1, got {largest}")
+        raise ConfigError(f"ranks.largest: expected a rank of at least 1, got {largest}")
     sizes = [client.num_examples for client in clients]
     covered = {size: sum(other <= size for other in sizes) for size in set(sizes)}
     return {c.client: max(1, covered[c.num_examples] * largest // len(sizes)) for c in clients}
@@ -141,11 +141,13 @@ def power_law(
     """
     problems = []
     if largest > 100_000:  # wider than any layer
-        problems.append(f"largest: expected a rank of at most 100000, got {largest}")
+        problems.append(f"ranks.largest: expected a rank of at most 100000, got {largest}")
     if not 1 <= smallest <= largest:
-        problems.append(f"smallest, largest: expected 1 <= smallest <= largest, got {smallest} and {largest}")
+        problems.append(
+            f"ranks.smallest, ranks.largest: expected 1 <= smallest <= largest, got {smallest} and {largest}"
+        )
     if not -inf < alpha < inf:
-        problems.append(f"alpha: expected a finite number, got {alpha}")
+        problems.append(f"ranks.alpha: expected a finite number, got {alpha}")
     if problems:
         raise ConfigError(problems)
     ranks = np.arange(smallest, largest + 1)
@@ -171,11 +173,13 @@ def ratios(
     Raises:
         ConfigError: no shares, one out of range, or a full rank below 1.
     """
-    problems = [f"values: expected shares above 0, up to 1, got {value}" for value in values if not 0 < value <= 1]
+    problems = [
+        f"ranks.values: expected shares above 0, up to 1, got {value}" for value in values if not 0 < value <= 1
+    ]
     if not values:
-        problems.append("values: expected at least one share, got none")
+        problems.append("ranks.values: expected at least one share, got none")
     if of < 1:
-        problems.append(f"of: expected a full rank of at least 1, got {of}")
+        problems.append(f"ranks.of: expected a full rank of at least 1, got {of}")
     if problems:
         raise ConfigError(problems)
     # 0.29 * 100 is 28.999999999999996: without the small term a share of exactly 29 would lose a rank.

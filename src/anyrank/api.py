@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import torch
 
@@ -26,10 +25,10 @@ from anyrank.clock import Clock
 from anyrank.config import Recipe
 from anyrank.device import compute_seconds, memory_bytes, undisturbed
 from anyrank.engine import Evaluation, Federation, Progress, begin, rounds
-from anyrank.errors import ConfigError, RecordError
+from anyrank.errors import ConfigError, RecordError, RoundFailed
 from anyrank.federation import Device, Failure, Plan, Update, make_task
 from anyrank.job import CHOICES, Job, load_recipe, prepare, with_baseline
-from anyrank.memory import Memory
+from anyrank.memory import Memory, folder_name
 from anyrank.pretrained import Pretrained
 from anyrank.record import RunFolder
 from anyrank.seeding import generator
@@ -213,7 +212,10 @@ def _compare(job: Job, folder: RunFolder, observer: Observer) -> None:
     for name in job.recipe.compare:
         out = folder.path / "compare" / name
         baseline = with_baseline(job, name, examples)
-        _play(baseline, _nested(out, baseline) or RunFolder.create(out, _info(baseline, "")), observer)
+        try:
+            _play(baseline, _nested(out, baseline) or RunFolder.create(out, _info(baseline, "")), observer)
+        except RoundFailed as error:  # the run itself is done, and the other baselines can be
+            observer.noticed(f"the baseline {name} is not compared: {error}")
 
 
 def _nested(out: Path, job: Job) -> RunFolder | None:
@@ -284,15 +286,14 @@ def _save_adapters(job: Job, folder: RunFolder, progress: Progress) -> None:
         _save_adapter(folder, folder.path / "adapter", spread(progress.state.whole), job.base, reached)
         return
     method, memory = job.method, Memory(folder.path / "memory")
-    for plan in method.assign(progress.state, list(progress.fleet.values())):
-        if progress.fleet[plan.client].times is None:
-            continue  # it never took part
+    took_part = {client for record in folder.records() for client in record["returned_ranks"]}
+    for plan in method.assign(
+        progress.state, [progress.fleet[client] for client in progress.fleet if client in took_part]
+    ):
         adapter = method.dispatch(progress.state, plan)
         if method.enter:
             adapter = method.enter(adapter, memory.read(plan.client, before=(progress.state.round + 1, 0)))
-        # A client's name comes from the user's data: whatever it holds, it stays one folder under `clients`.
-        client = quote(plan.client, safe=" ").replace(".", "%2E")
-        _save_adapter(folder, folder.path / "clients" / client, spread(adapter), job.base, None)
+        _save_adapter(folder, folder.path / "clients" / folder_name(plan.client), spread(adapter), job.base, None)
 
 
 def _save_adapter(folder: RunFolder, out: Path, adapter: Adapter, base: Pretrained, accuracy: float | None) -> None:
@@ -458,7 +459,7 @@ def export(source: Path, rank: int, out: Path) -> Adapter:
         RecordError: the run is not finished, has no global adapter or a mixture, or `out` is occupied.
         ConfigError: a rank out of range.
     """
-    folder = RunFolder.open(source)
+    folder, out = RunFolder.open(source), out.resolve()
     RunFolder.check_free(out)
     if (source / "clients").is_dir():
         raise RecordError(f"{source} has no global adapter: each client keeps its own, see {source / 'clients'}.")
@@ -477,8 +478,6 @@ def export(source: Path, rank: int, out: Path) -> Adapter:
         for name, part in adapter.layers.items()
     }
     small = Adapter(layers, adapter.dense)
-    by_rank = folder.records()[-1]["class_accuracy"] or {}  # of what clients are sent, whose slots may be others
-    same_slots = largest == max(member["rank"] for member in folder.info["fleet"].values())
-    reached = by_rank.get(str(rank)) if same_slots else None
+    reached = folder.records()[-1]["accuracy"] if rank == largest else None  # below, it was never scored
     _save_adapter(folder, out, small, Pretrained(folder.info["base"], folder.info["base"]), reached)
     return small

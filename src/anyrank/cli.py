@@ -73,7 +73,7 @@ def run(
                 loaded = api.load_recipe(recipe, settings)
                 out = out or _next_free(loaded.baseline or loaded.method["name"])
                 folder = api.run(loaded, out, observer=observer, command=shlex.join(["anyrank", *sys.argv[1:]]))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, OSError):
             started = resume or out
             if started and (started / "run.json").exists():
                 _errors.print(f"\nStopped. Continue with: anyrank run --resume {started}")
@@ -173,8 +173,7 @@ def main() -> None:
         _fail(error, str(error), 2 if isinstance(error, ConfigError) else 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        kept = "What was finished before is kept; once this is mended, a run goes on with `anyrank run --resume DIR`."
-        _fail(error, f"{where}{error.strerror or error}. {kept}", 1)
+        _fail(error, f"{where}{error.strerror or error}.", 1)
 
 
 def _fail(error: Exception, message: str, code: int) -> None:

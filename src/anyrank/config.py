@@ -23,13 +23,20 @@ __all__ = ["Baseline", "Choices", "Recipe", "load", "parse_overrides", "resolve"
 Baseline = Literal["centralised", "local_only", "homogeneous_smallest", "homogeneous_largest", "strong_only"]
 
 Choices = Mapping[str, Mapping[str, Callable[..., Any]]]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1, strict=True)]
+# Strict: `true` is no number, and 2.0 no whole one. Not the tables as such, which could then hold no dataclass.
+Number = Annotated[float, Field(strict=True)]
+Whole = Annotated[int, Field(strict=True)]
+Positive = Annotated[Number, Field(gt=0)]
+Share = Annotated[Number, Field(ge=0, lt=1)]
+Count = Annotated[Whole, Field(ge=1)]
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)  # JSON, hence `run.json`, has no inf
+
+
+class _Arguments(_Table):
+    model_config = ConfigDict(strict=True)
 
 
 class ModelTable(_Table):
@@ -45,9 +52,9 @@ class DataTable(_Table):
     text: Annotated[list[str], Field(min_length=1, max_length=2)] = ["signature", "docstring"]
     label: str = "label"
     test: str | None = None
-    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    test_share: Annotated[Number, Field(gt=0, lt=1)] = 0.2
     held_out: Share = 0.1
-    max_length: Annotated[int, Field(ge=2, strict=True)] = 128
+    max_length: Annotated[Whole, Field(ge=2)] = 128
 
 
 class LoraTable(_Table):
@@ -63,11 +70,11 @@ class TrainTable(_Table):
     """`[train]`: local training on every client."""
 
     learning_rate: Positive = 2e-3
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.01
     batch_size: Count = 16
     epochs: Count | None = None
     steps: Count | None = None
-    prox_mu: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    prox_mu: Annotated[Number, Field(ge=0)] = 0.0
 
     @model_validator(mode="after")
     def _one_length(self):
@@ -81,7 +88,7 @@ class ServerTable(_Table):
 
     learning_rate: Positive = 1.0
     momentum: Share = 0.0
-    norm_limit: Annotated[float, Field(gt=1)] = 1000.0
+    norm_limit: Annotated[Number, Field(gt=1)] = 1000.0
 
 
 class ClassTable(_Table):
@@ -105,8 +112,8 @@ class ClockTable(_Table):
 
     deadline: Positive | None = None
     dropout: Share = 0.0
-    straggler: Annotated[float, Field(ge=0, le=1)] = 0.0
-    slowdown: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 4.0
+    straggler: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    slowdown: Annotated[Number, Field(ge=1)] = 4.0
     changes: list[Change] = []
 
 
@@ -115,7 +122,7 @@ class EvaluateTable(_Table):
 
     every: Count = 1
     classes: Literal["last", "always"] = "last"
-    target: Annotated[float, Field(gt=0, le=1)] | None = None
+    target: Annotated[Number, Field(gt=0, le=1)] | None = None
     stop_at_target: bool = False
 
     @model_validator(mode="after")
@@ -128,7 +135,7 @@ class EvaluateTable(_Table):
 class Recipe(_Table):
     """A whole run. `method`, `local`, `partition`, `ranks` and `topology` hold a `name` and that function's arguments."""
 
-    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    seed: Annotated[Whole, Field(ge=0)] = 0
     rounds: Count
     threads: Count | None = None
     baseline: Baseline | None = None
@@ -239,10 +246,14 @@ def _override(raw: dict[str, Any], key: str, value: Any) -> list[str]:
 
 
 def _chosen(table: str, value: Any, functions: Mapping[str, Callable[..., Any]]) -> tuple[dict[str, Any], list[str]]:
-    """The table with all arguments of the function it names, and what is wrong with it."""
+    """The table with all arguments of the function it names, or else of the default's, and what is wrong with it."""
     if not isinstance(value, dict):
         return {}, [f'{table}: expected a table with a name, such as [{table}] name = "{next(iter(functions))}".']
+    field = Recipe.model_fields[table]
+    value = value if field.is_required() else {**field.default, **value}
     name = value.get("name")
+    if name is None:
+        return value, [f"{table}.name: is missing; there are: {', '.join(functions)}."]
     if not isinstance(name, str) or name not in functions:
         near = _suggestion(str(name), functions)
         return value, [f"{table}.name: there is no {name!r}{near}; there are: {', '.join(functions)}."]
@@ -256,12 +267,12 @@ def _chosen(table: str, value: Any, functions: Mapping[str, Callable[..., Any]])
 def _schema(name: str, function: Callable[..., Any]) -> type[BaseModel]:
     parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     fields = {p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in parameters}
-    return create_model(name, __base__=_Table, name=(str, ...), **fields)  # pyright: ignore
+    return create_model(name, __base__=_Arguments, name=(str, ...), **fields)  # pyright: ignore
 
 
 def _sentence(schema: type[BaseModel], problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"]) or "recipe"
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # the latter by a dataclass
         accepted = _accepted(schema, problem["loc"][:-1])
         near = _suggestion(str(problem["loc"][-1]), accepted)
         here = "here" if issubclass(schema, Recipe) else f"by {schema.__name__}"
@@ -282,5 +293,5 @@ def _accepted(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:
     """The keys of the table at a location such as `("fleet", "classes", "weak")`."""
     here: Any = schema
     for part in location:
-        here = get_args(here)[1] if get_origin(here) is dict else here.model_fields[part].annotation
+        here = get_args(here)[-1] if get_origin(here) in (dict, list) else here.model_fields[part].annotation
     return list(getattr(here, "model_fields", None) or getattr(here, "__dataclass_fields__", {}))

@@ -26,7 +26,7 @@ __all__ = ["LiveObserver", "demand_table", "summary"]
 
 
 class LiveObserver(Observer):
-    """A line per round, and on a terminal a bar that moves with every client's reply.
+    """A line per round, and on a terminal a bar that moves with the clients' replies.
 
     Args:
         console: where to print.
@@ -46,7 +46,7 @@ class LiveObserver(Observer):
             transient=True,
             disable=not console.is_terminal,
         )
-        self._rounds = 0
+        self._rounds = self._per_round = self._round = 0
         self._task = self._bar.add_task("", total=None)
 
     def __enter__(self) -> "LiveObserver":
@@ -77,20 +77,23 @@ class LiveObserver(Observer):
             self._print(f"stopped at its target after round {played}; --set evaluate.stop_at_target=false goes on")
         elif played:
             self._print(f"continuing after round {played} of {cohort.rounds}")
-        self._rounds = cohort.rounds
-        done = progress.state.round * cohort.per_round
-        self._bar.reset(self._task, total=cohort.rounds * cohort.per_round, completed=done, description=what)
+        self._rounds, self._per_round, self._round = cohort.rounds, cohort.per_round, played
+        total, done = cohort.rounds * cohort.per_round, played * cohort.per_round
+        self._bar.reset(self._task, total=total, completed=done, description=what)
 
     def noticed(self, remark: str) -> None:
         """Print a remark."""
         self._print(f"note: {remark}")
 
     def replied(self, reply: Update | Failure) -> None:
-        """Move the bar."""
-        self._bar.advance(self._task)
+        """Move the bar, up to the round's end: a client can reply more than once in a round."""
+        if self._bar.tasks[0].completed < (self._round + 1) * self._per_round:
+            self._bar.advance(self._task)
 
     def finished_round(self, record: Mapping[str, Any]) -> None:
-        """Print the round's line, and who failed."""
+        """Print the round's line, and who failed; the bar passes those who did not reply."""
+        self._round = record["round"]
+        self._bar.update(self._task, completed=self._round * self._per_round)
         accuracy = "       " if record["accuracy"] is None else f"{record['accuracy']:7.4f}"
         self._print(
             f"round {record['round']:>3}/{self._rounds}  accuracy {accuracy}  loss {record['train_loss']:.4f}  "
@@ -126,12 +129,11 @@ def summary(folder: RunFolder) -> list[Table]:
 def _reached(folder: RunFolder, last: Mapping[str, Any]) -> Table:
     table = Table("on the test set", "accuracy", box=box.SIMPLE)
     baseline = folder.info["recipe"]["baseline"]
-    own_accuracy = "not evaluated" if last["accuracy"] is None else f"{last['accuracy']:.4f}"
-    table.add_row(baseline or folder.info["method"], own_accuracy, style="bold")
+    table.add_row(baseline or folder.info["method"], _accuracy(last), style="bold")
     for path in sorted(folder.path.glob("compare/*")):
         reached = RunFolder.open(path).records()
         if reached:
-            table.add_row(f"{path.name} baseline", f"{reached[-1]['accuracy']:.4f}")
+            table.add_row(f"{path.name} baseline", _accuracy(reached[-1]))
     references = folder.info["references"]
     if references["overlap"] is not None:
         table.add_row("word overlap", f"{references['overlap']:.4f}")
@@ -140,6 +142,10 @@ def _reached(folder: RunFolder, last: Mapping[str, Any]) -> Table:
     if own:
         table.add_row(f"on {own['clients']} clients' own data", f"{own['accuracy']:.4f} ± {own['std']:.4f}")
     return table
+
+
+def _accuracy(record: Mapping[str, Any]) -> str:
+    return "not evaluated" if record["accuracy"] is None else f"{record['accuracy']:.4f}"
 
 
 def _spent(records: Sequence[Mapping[str, Any]]) -> Table:

@@ -1,7 +1,7 @@
 """The one round loop. It knows no method by name: it moves tasks out, updates in, and the state one round on.
 
 sample -> topology (assign, dispatch -> ask -> aggregate, dense tensors, server step) -> evaluate -> Progress
-ask:   clock (who drops out or is late is not trained) -> transport -> sort, validate
+ask:   clock (who drops out or is late is not trained, or later) -> transport -> sort, validate
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -132,7 +132,7 @@ def rounds(federation: Federation, progress: Progress) -> Iterator[Progress]:
 
 
 def sample(fleet: Fleet, *, per_round: int, seed: int, round: int) -> list[Device]:
-    """The devices that take part in a round, in the fleet's order: a function of the seed and the round alone."""
+    """The devices that take part in a round, in the fleet's order: a function of the fleet, the seed and the round alone."""
     devices = list(fleet.values())
     rng = numpy_generator(seed, "sample", round)
     chosen = rng.choice(len(devices), size=min(per_round, len(devices)), replace=False)
@@ -148,8 +148,10 @@ def _play(federation: Federation, progress: Progress) -> Progress:
     state, peers, took = federation.topology.play(federation.method, progress.state, progress.peers, sampled, round)
     if not round.inbox:
         reasons = "; ".join(f"{f.client} ({f.stage}: {f.reason})" for f in round.failures)
+        if not round.tasks:
+            reasons = f"no work fits the devices of {', '.join(device.client for device in sampled)}"
         raise RoundFailed(
-            f"round {number}: none of {len(round.tasks)} clients returned a valid update: {reasons}. Resuming would play "
+            f"round {number}: none of {len(sampled)} clients returned a valid update: {reasons}. Resuming would play "
             "the same round again; start a new run with other settings (learning rate, deadline, dropout) or another seed."
         )
     fleet = {**progress.fleet, **round.learned()}
@@ -186,37 +188,46 @@ class _Round:
         self.now, self.late = progress.seconds, list(progress.late)
         self.bytes_down = self.bytes_up = 0
 
-    def ask(self, tasks: Sequence[Task], *, copies: Mapping[str, int] | None = None, late: bool = False) -> Asked:
+    def ask(
+        self, tasks: Sequence[Task], *, neighbours: Mapping[str, Sequence[str]] | None = None, late: bool = False
+    ) -> Asked:
         """Have tasks carried out, and account for them."""
-        arrivals = self._arrivals(tasks, copies)
-        seconds = round_seconds(arrivals, self.federation.clock.deadline)
+        arrivals = self._arrivals(tasks, neighbours)
+        until = self.now + round_seconds(arrivals, self.federation.clock.deadline)
         examples = {task.plan.client: self.fleet[task.plan.client].num_examples for task in tasks}
         shares = {client: count / sum(examples.values()) for client, count in examples.items()}
-        due = self._due(tasks, arrivals, shares, seconds) if late else []
+        due: list[Late] = []
+        if late:
+            awaited = [*self.late, *self._missed(tasks, arrivals, shares)]
+            if awaited and not any(arrival.outcome == "in time" for arrival in arrivals):
+                until = max(until, min(late.arrives for late in awaited))
+            arrivals = [
+                replace(a, outcome="in time") if a.outcome == "late" and self.now + a.seconds <= until else a
+                for a in arrivals
+            ]
+            due = [late for late in self.late if late.arrives <= until]
+            self.late = [late for late in awaited if late.arrives > until]
         shares |= {come.task.plan.client: come.weight for come in due}
         inbox, failures = _collect(self.federation, [*tasks, *(come.task for come in due)], arrivals)
-        down = sum(bytes_down(task) for task in tasks) if copies is None else 0
-        up = sum(bytes_up(task, update) * (1 if copies is None else copies[update.client]) for task, update in inbox)
-        self.carry(down if copies is None else up, up)
+        if neighbours is None:
+            self.carry(sum(bytes_down(task) for task in tasks), sum(bytes_up(task, update) for task, update in inbox))
+        else:
+            sent = sum(bytes_up(task, update) * len(neighbours[update.client]) for task, update in inbox)
+            self.carry(sent, sent)
         self.tasks += tasks
         self.inbox += inbox
         self.failures += failures
         self.arrivals += arrivals
-        return Asked(inbox, [shares[update.client] for _, update in inbox], seconds)
+        return Asked(inbox, [shares[update.client] for _, update in inbox], until - self.now)
 
-    def _due(
-        self, tasks: Sequence[Task], arrivals: Sequence[Arrival], shares: Mapping[str, float], seconds: float
-    ) -> list[Late]:
-        """The late tasks whose replies come within the round's `seconds`; those of `tasks` that are late now are noted."""
-        due = [late for late in self.late if late.arrives <= self.now + seconds]
-        by_client = {task.plan.client: task for task in tasks}
-        self.late = [late for late in self.late if late not in due]
-        for arrival in arrivals:
+    def _missed(
+        self, tasks: Sequence[Task], arrivals: Sequence[Arrival], shares: Mapping[str, float]
+    ) -> Iterator[Late]:
+        """The tasks whose replies will come after the deadline."""
+        for task, arrival in zip(tasks, arrivals, strict=True):
             if arrival.outcome == "late":
-                task = by_client[arrival.client]
                 task = replace(task, frozen=task.applied, folds=())  # the state's folds may be other ones by then
-                self.late.append(Late(task, shares[arrival.client], self.now + arrival.seconds))
-        return due
+                yield Late(task, shares[arrival.client], self.now + arrival.seconds)
 
     def carry(self, down: int, up: int) -> None:
         """Account for bytes that travel besides those of the clients' tasks."""
@@ -227,14 +238,15 @@ class _Round:
         """The newest fold that a client holds."""
         return self.fleet[client].folds
 
-    def _arrivals(self, tasks: Sequence[Task], copies: Mapping[str, int] | None) -> list[Arrival]:
+    def _arrivals(self, tasks: Sequence[Task], neighbours: Mapping[str, Sequence[str]] | None) -> list[Arrival]:
+        sizes = {task.plan.client: nbytes(task.start, task.plan.up) for task in tasks}
         workloads = []
         for task in tasks:
             device = self.fleet[task.plan.client]
-            up = nbytes(task.start, task.plan.up)
-            down = bytes_down(task)
-            if copies is not None:  # a peer sends to its neighbours, and hears from as many
-                down = up = up * copies[device.client]
+            down, up = bytes_down(task), sizes[device.client]
+            if neighbours is not None:  # a peer sends to its neighbours, and hears from them
+                met = neighbours[device.client]
+                down, up = sum(sizes[other] for other in met), up * len(met)
             times = undisturbed(device.profile, self.spec.cost)
             seconds = compute_seconds(task.plan, times, model=self.spec.cost, layers=self.spec.layers)
             workloads.append(Workload(device.client, device.kind, seconds, down, up, device.profile))

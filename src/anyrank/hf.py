@@ -164,7 +164,7 @@ class AdaptedModel:
         self._dense = {name: p.requires_grad_(True) for name, p in _saved(self.model, self.modules_to_save)} | self._own
         self.layers = tuple(
             Layer(name, d_in, d_out, block)
-            for (name, (d_out, d_in)), block in zip(shapes.items(), _blocks(names), strict=True)
+            for (name, (d_out, d_in)), block in zip(shapes.items(), _blocks(names, _last_block(model)), strict=True)
         )
 
     @property
@@ -242,7 +242,7 @@ class AdaptedModel:
     def cost(self, *, batch_size: int, tokens: int) -> ModelCost:
         """What one local step costs, from the sizes of the model's matrices."""
         config = self.model.config
-        blocks = 1 + max(_block_of(name) or 0 for name, _ in self.model.named_parameters())
+        blocks = 1 + (_last_block(self.model) or 0)
         inside, outside = 0, 0
         for name, module in self.model.named_modules():
             if isinstance(module, _LINEAR) and not _is_added(name):
@@ -426,11 +426,18 @@ def _block_of(name: str) -> int | None:
     return int(number[1]) if number else None
 
 
-def _blocks(names: Sequence[str]) -> list[int]:
-    """The number in each name is its block; what has none (a pooler) sits above the last, or each layer is one block."""
+def _last_block(model: nn.Module) -> int | None:
+    return max(
+        (number for name, _ in model.named_parameters() if (number := _block_of(name)) is not None), default=None
+    )
+
+
+def _blocks(names: Sequence[str], last: int | None) -> list[int]:
+    """The number in each name is its block; what has none (a pooler) goes with the last, or each layer is one block."""
+    if last is None:
+        return list(range(len(names)))
     numbers = [_block_of(name) for name in names]
-    known = [number for number in numbers if number is not None]
-    return [(max(known) if known else i) if number is None else number for i, number in enumerate(numbers)]
+    return [last if number is None else number for number in numbers]
 
 
 def write_adapter(

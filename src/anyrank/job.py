@@ -19,7 +19,7 @@ from anyrank.baselines import BASELINES, Cohort
 from anyrank.config import Baseline, Choices, Recipe
 from anyrank.device import PROFILES, too_small
 from anyrank.errors import ConfigError
-from anyrank.federation import Device, Local, Method, Profile, Spec
+from anyrank.federation import Device, Local, Method, Plan, Profile, Spec
 from anyrank.hf import AdaptedModel
 from anyrank.local import LOCALS
 from anyrank.methods import METHODS, proximal, server_optimizer
@@ -76,20 +76,34 @@ class Job:
         return sum(tensor.numel() for tensor in self.spec.start.dense.values())
 
     @property
+    def largest_rank(self) -> int:
+        """The rank of the server's adapter before the first round."""
+        return max(self.method.init(self.spec).adapter.ranks.values())
+
+    @property
+    def plans(self) -> list[Plan]:
+        """What the method would ask of the whole fleet in the first round."""
+        return self.method.assign(self.method.init(self.spec), list(self.cohort.fleet.values()))
+
+    @property
     def remarks(self) -> list[str]:
         """What is allowed but worth knowing."""
         levels, narrow = self.spec.levels, min(min(layer.d_in, layer.d_out) for layer in self.spec.layers)
+        largest = self.largest_rank
         remarks = []
-        if levels[-1] > narrow:
-            remarks.append(
-                f"rank {levels[-1]} is above {narrow}, the smaller side of a layer: some slots are redundant"
-            )
-        if not self.method.claims.mixed_ranks and len(levels) > 1:
-            remarks.append(
-                f"{self.cohort.method} has no mixed ranks: everyone trains at rank {levels[0]}, the smallest"
-            )
+        if largest > narrow:
+            remarks.append(f"rank {largest} is above {narrow}, the smaller side of a layer: some slots are redundant")
         if not self.training.local.has_factors:
             remarks.append("clients train no factors: every layer's rank is 0, and ranks in the recipe are not used")
+        elif not self.method.claims.mixed_ranks and len(levels) > 1:
+            which = "the smallest" if largest == levels[0] else "the largest"
+            remarks.append(f"{self.cohort.method} has no mixed ranks: everyone trains at rank {largest}, {which}")
+        idle = self.cohort.fleet.keys() - {plan.client for plan in self.plans}
+        if idle:
+            remarks.append(
+                f"{self.cohort.method} has no work that the devices of {len(idle)} of {len(self.cohort.fleet)} clients can "
+                f"hold; they sit out: {', '.join(sorted(idle)[:3])}{', ...' if len(idle) > 3 else ''}"
+            )
         return remarks
 
 
@@ -225,7 +239,7 @@ def _load_model(
     )
     if table.start is None:
         return model, Adapter({}, model.dense)
-    start = hf.read_adapter(Path(table.start), scale=table.scale)
+    start = _read("lora.start", table.start, scale=table.scale)
     _check_start(table.start, start, model, local)
     return model, Adapter(start.layers, {**model.dense, **start.dense})
 
@@ -234,8 +248,15 @@ def _experts(local: Local, *, scale: float) -> dict[str, Any]:
     """The finished adapters that a way of training mixes, if any, and their first temperature."""
     if local.mixture is None:
         return {}
-    experts = {folder: hf.read_adapter(Path(folder), scale=scale) for folder in local.mixture.experts}
+    experts = {folder: _read("local.experts", folder, scale=scale) for folder in local.mixture.experts}
     return {"experts": experts, "tau": local.mixture.tau}
+
+
+def _read(key: str, folder: str, *, scale: float) -> Adapter:
+    try:
+        return hf.read_adapter(Path(folder), scale=scale)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def _check_length(recipe: Recipe, model: AdaptedModel, tokenizer: Any) -> None:
@@ -300,7 +321,7 @@ def _profiles(recipe: Recipe) -> dict[str, Profile]:
         f"devices.{name}.{field}: expected a number above 0, got {value}."
         for name, profile in recipe.devices.items()
         for field, value in vars(profile).items()
-        if not 0 < value < math.inf
+        if not value > 0
     ]
     problems += [
         f"fleet.classes.{name}.device: there is no {c.device!r}; there are: {', '.join(sorted(known))}."
@@ -367,7 +388,7 @@ def _topology(recipe: Recipe, cohort: Cohort, method: Method) -> Topology:
 
 
 def _check_ranks(job: Job) -> None:
-    largest = job.spec.levels[-1]
+    largest = job.largest_rank
     narrowest = min(job.spec.layers, key=lambda layer: max(layer.d_in, layer.d_out))
     if largest > max(narrowest.d_in, narrowest.d_out):
         raise ConfigError(
@@ -376,8 +397,12 @@ def _check_ranks(job: Job) -> None:
         )
     if job.recipe.baseline in ("centralised", "homogeneous_largest"):
         return  # these ask what would be if the devices could do it
-    devices = list(job.cohort.fleet.values())
-    plans = job.method.assign(job.method.init(job.spec), devices)
+    devices, plans = list(job.cohort.fleet.values()), job.plans
+    if not plans:
+        raise ConfigError(
+            f"fleet.classes: {job.cohort.method} has no work that any of the devices can hold in memory. Name larger "
+            "devices, or lower train.batch_size, data.max_length or the ranks."
+        )
     if sentences := too_small(
         plans, devices, model=job.spec.cost, layers=job.spec.layers, dense_parameters=job.dense_parameters
     ):

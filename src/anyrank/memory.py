@@ -1,12 +1,26 @@
 """What clients keep for themselves between their rounds. It never crosses the wire."""
 
+import hashlib
 from pathlib import Path
 from urllib.parse import quote
 
 from anyrank.adapter import Adapter
 from anyrank.wire import decode, encode
 
-__all__ = ["Memory"]
+__all__ = ["Memory", "folder_name"]
+
+_LONGEST = 100  # file systems take 255 bytes; what is written beside a folder ends in a few more
+
+
+def folder_name(client: str) -> str:
+    """The name of a client's folder: its own, quoted, and of a long one the beginning and a hash.
+
+    A client's name comes from the user's data. Whatever it holds, it stays one folder, and another one for each client.
+    """
+    quoted = quote(client, safe=" ").replace(".", "%2E")
+    if len(quoted) <= _LONGEST:
+        return quoted
+    return f"{quoted[:_LONGEST]}-{hashlib.sha256(client.encode()).hexdigest()[:16]}"
 
 
 class Memory:
@@ -44,5 +58,4 @@ class Memory:
         return [(int(round), int(phase)) for round, phase in names]
 
     def _file(self, client: str, when: tuple[int, int]) -> Path:
-        # A client's name comes from the user's data: whatever it holds, it stays one folder.
-        return self.folder / quote(client, safe=" ").replace(".", "%2E") / f"{when[0]}-{when[1]}.safetensors"
+        return self.folder / folder_name(client) / f"{when[0]}-{when[1]}.safetensors"

@@ -3,7 +3,9 @@
 run.json            resolved recipe, versions, machine, data, fleet; written before training
 rounds.jsonl        one flat JSON object per round
 checkpoint/         state.safetensors: server state, fleet, clock; replaced atomically after each round
+memory/CLIENT/      what clients keep for themselves, with methods that have a private part
 adapter/            the result as a PEFT directory, once the run has ended
+clients/CLIENT/     in its place for personal methods: a PEFT directory for each client that took part
 compare/NAME/       run folders of the baselines that the recipe compares with
 """
 
@@ -11,6 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +123,8 @@ class RunFolder:
 
     def save(self, progress: Progress, *, real_seconds: float) -> None:
         """Write a finished round: first its record, then the checkpoint, so that `load` can cut the records back."""
-        line = json.dumps({**progress.record, "real_seconds": real_seconds})
         with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(_line({**progress.record, "real_seconds": real_seconds}))
             file.flush()
             os.fsync(file.fileno())
         states = {"": progress.state, **progress.peers}
@@ -130,7 +132,7 @@ class RunFolder:
             "round": progress.state.round,
             "fleet": {client: _learned(device) for client, device in progress.fleet.items()},
             "seconds": progress.seconds,
-            "states": {name: _outline(state) for name, state in states.items()},
+            "states": [[name, _outline(state)] for name, state in states.items()],
             "late": [_pending(late) for late in progress.late],
         }
         adapters = {f"{i} {part}": a for i, state in enumerate(states.values()) for part, a in _parts(state).items()}
@@ -177,7 +179,7 @@ class RunFolder:
         reached = [r["simulated_seconds"] for r in records if target is not None and (r["accuracy"] or 0.0) >= target]
         states = {
             name: _restored(spec, header["round"], outline, adapters, i)
-            for i, (name, outline) in enumerate(header["states"].items())
+            for i, (name, outline) in enumerate(header["states"])
         }
         devices = {client: _reminded(device, header["fleet"][client]) for client, device in fleet.items()}
         state = states.pop("")
@@ -186,7 +188,7 @@ class RunFolder:
 
     def _keep(self, records: list[dict[str, Any]]) -> None:
         if (self.path / "rounds.jsonl").exists():
-            text = "".join(json.dumps(record) + "\n" for record in records)
+            text = "".join(map(_line, records))
             _replace_file(self.path / "rounds.jsonl", text.encode())
 
     def final_adapter(self) -> Adapter:
@@ -202,9 +204,22 @@ class RunFolder:
             adapters, header = decode(file.read_bytes())
         except RecordError as error:
             raise RecordError(f"{file}: {error}.") from error
-        folds = [adapters[f"0 fold {number}"] for number in header["states"][""]["folds"]]
+        folds = [adapters[f"0 fold {number}"] for number in header["states"][0][1]["folds"]]
         adapter = adapters["0 adapter"]
         return Adapter(lowrank.together([adapter, *folds]).layers, adapter.dense) if folds else adapter
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(record), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for every number that is not finite, such as the loss of a model that diverged: JSON has none."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _parts(state: State) -> dict[str, Adapter]:
@@ -231,11 +246,9 @@ def _restored(spec: Spec, round: int, outline: Any, adapters: Mapping[str, Adapt
 
 def _pending(late: Late) -> dict[str, Any]:
     """What belongs to a late task besides its adapters."""
-    task = late.task
     return {
-        "round": task.round,
-        "plan": asdict(task.plan),
-        "held": task.held,
+        "round": late.task.round,
+        "plan": asdict(late.task.plan),
         "weight": late.weight,
         "at": late.arrives,
     }
@@ -245,7 +258,7 @@ def _awaited(entry: Any, adapters: Mapping[str, Adapter]) -> Late:
     slots = entry["plan"]["slots"]
     plan = Plan(**entry["plan"] | {"slots": slots and tuple(slots)})
     start, frozen = (adapters[f"late {part} {plan.client}"] for part in ("start", "frozen"))
-    return Late(Task("train", entry["round"], plan, start, frozen, held=entry["held"]), entry["weight"], entry["at"])
+    return Late(Task("train", entry["round"], plan, start, frozen), entry["weight"], entry["at"])
 
 
 def _learned(device: Device) -> dict[str, Any]:

@@ -44,12 +44,14 @@ class Round(Protocol):
     number: int
     seed: int
 
-    def ask(self, tasks: Sequence[Task], *, copies: Mapping[str, int] | None = None, late: bool = False) -> Asked:
+    def ask(
+        self, tasks: Sequence[Task], *, neighbours: Mapping[str, Sequence[str]] | None = None, late: bool = False
+    ) -> Asked:
         """Have tasks carried out, and account for them.
 
         Args:
             tasks: at most one for each client.
-            copies: between peers, to how many others each client's update goes; a task then does not travel.
+            neighbours: between peers, to which others each client's update goes; a task then does not travel.
             late: a reply that misses the deadline is waited for, and is in the inbox of the round in which it comes, with
                 the weight that it would have had in its own.
         """
@@ -163,6 +165,7 @@ def hierarchy(*, edges: Annotated[int, Ge(1)] = 2, repeats: Annotated[int, Ge(1)
         inbox, weights, seconds = [], [], []
         for name, plans in groups.items():
             edge, took, heard = state, 0.0, set()
+            round.carry(nbytes(state.adapter, plans[0].down), 0)
             for phase in range(max(plan.repeats for plan in plans) if plans[0].group else repeats):
                 asked = round.ask([make_task(method, edge, plan, phase=phase) for plan in plans])
                 took += asked.seconds
@@ -173,7 +176,7 @@ def hierarchy(*, edges: Annotated[int, Ge(1)] = 2, repeats: Annotated[int, Ge(1)
             if heard:
                 inbox.append(_answer(method, name, [p for p in plans if p.client in heard], state, edge))
                 weights.append(sum(examples[plan.client] for plan in plans) / total)
-                round.carry(nbytes(state.adapter, plans[0].down), nbytes(inbox[-1][1].adapter, plans[0].up))
+                round.carry(0, nbytes(inbox[-1][1].adapter, plans[0].up))
         if not inbox:
             return Played(state, {}, max(seconds, default=0.0))
         after = reduce(method, state, inbox, weights)
@@ -254,8 +257,8 @@ def _among_peers(neighbours: Callable[[int, Round], np.ndarray]) -> Callable[...
         meet = neighbours(len(names), round)
         weights = metropolis(meet)
         tasks = [make_task(method, peers[plan.client], plan) for plan in plans]
-        degrees = {name: int(degree) for name, degree in zip(names, meet.sum(axis=0), strict=True)}
-        asked = round.ask(tasks, copies=degrees)
+        met = {name: [names[j] for j in np.flatnonzero(row)] for name, row in zip(names, meet, strict=True)}
+        asked = round.ask(tasks, neighbours=met)
         if not asked.inbox:
             return Played(state, peers, asked.seconds)
         arrived = {update.client: (task, update) for task, update in asked.inbox}

@@ -105,6 +105,9 @@ def train(
         if local.form:
             model.form(local.form(live, rng).layers)
         loss = model.model(**batch).loss
+        total += loss.item()
+        if not math.isfinite(total):
+            break  # training has diverged: whoever gets this rejects it by its loss
         objective = loss if method.penalty is None else loss + method.penalty(live, inner)
         if local.mixture and local.mixture.penalty:
             objective = objective + local.mixture.penalty(model.mean_gates(batch.get("attention_mask")))
@@ -116,7 +119,6 @@ def train(
         optimizer.step()
         with torch.no_grad():
             local.on_step(live, optimizer, step)
-        total += loss.item()
     trained = live.map(lambda tensor: tensor.detach().clone())
     return local.leave(trained), {"loss": total / plan.steps, **observed}
 

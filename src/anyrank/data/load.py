@@ -231,9 +231,9 @@ def _check(parts: Mapping[str, Dataset | None], columns: tuple[str, ...], label:
 def _name_problems(columns: tuple[str, ...], label: str) -> list[str]:
     problems = []
     if len(columns) not in (1, 2) or len(set(columns)) < len(columns):
-        problems.append(f"text: expected one column, or two different ones for a pair, got {list(columns)}")
+        problems.append(f"data.text: expected one column, or two different ones for a pair, got {list(columns)}")
     if {label, "label"} & set(columns):
-        problems.append("text: expected neither the label column nor one named 'label'; rename it in the data")
+        problems.append("data.text: expected neither the label column nor one named 'label'; rename it in the data")
     return problems
 
 
@@ -315,7 +315,7 @@ def _codes(values: list[Any], lookup: Mapping[Hashable, int], where: str) -> lis
 
 def _split_off(data: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
     if not 0 < share < 1:
-        raise ConfigError(f"test_share: expected a number between 0 and 1, as there is no test part, got {share}")
+        raise ConfigError(f"data.test_share: expected a number between 0 and 1, as there is no test part, got {share}")
     size = min(max(round(share * len(data)), 1), len(data) - 1)
     order = numpy_generator(seed, "test").permutation(len(data))
     return data.select(sorted(order[size:])), data.select(sorted(order[:size]))

@@ -116,17 +116,17 @@ def by_column(data: Dataset, rng: np.random.Generator, *, column: str, min_examp
     Args:
         data: the training examples.
         rng: not used; nothing is random here.
-        column: the client's name in each row; rows without one are left out.
+        column: the client's name in each row; rows without one, or with an empty one, are left out.
         min_examples: clients with fewer are left out, which is logged.
 
     Raises:
         ConfigError: the column is not there, or no client is left.
     """
-    if problems := absent_columns(data, [column], where="partition by_column"):
+    if problems := absent_columns(data, [column], where="partition.column"):
         raise ConfigError(problems)
     rows: dict[str, list[int]] = {}
     for row, value in enumerate(data[column][:]):
-        if value is not None:
+        if value not in (None, ""):
             rows.setdefault(str(value), []).append(row)
     kept = {client: np.array(rows[client]) for client in sorted(rows) if len(rows[client]) >= min_examples}
     if not kept:
@@ -163,9 +163,9 @@ def held_out(indices: Indices, *, share: float, seed: int, client: str) -> tuple
 
 
 def _check(data: Dataset, counts: Mapping[str, int], alpha: float = 1.0) -> None:
-    problems = [f"partition: {key}: expected 1 or more, got {count}" for key, count in counts.items() if count < 1]
+    problems = [f"partition.{key}: expected 1 or more, got {count}" for key, count in counts.items() if count < 1]
     if not 0 < alpha < np.inf:
-        problems.append(f"partition: alpha: expected a number above 0, got {alpha}")
+        problems.append(f"partition.alpha: expected a number above 0, got {alpha}")
     needed = math.prod(counts.values())
     if not problems and needed > len(data):
         asked = " x ".join(f"{key} = {count}" for key, count in counts.items())

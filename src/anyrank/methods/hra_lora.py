@@ -62,7 +62,10 @@ def hra_lora(
         spec, turn = state.spec, state.round - warmup
         train: Factors = "AB" if turn < 0 else "A" if turn % 2 else "B"
         low = max(1, math.floor(least * spec.levels[0]))
-        scores = state.notes.get("fisher", {layer.name: 1.0 for layer in spec.layers})
+        fisher = state.notes.get("fisher") or {layer.name: 1.0 for layer in spec.layers}
+        scores = {
+            layer.name: fisher[layer.name] for layer in spec.layers
+        }  # of equal scores the first layer's goes first
         ranks = {
             rank: dealt(rank * len(scores), scores, low=min(low, rank), high=high(spec))
             for rank in {device.rank for device in devices}

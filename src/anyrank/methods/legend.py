@@ -94,7 +94,8 @@ def rank_list(spec: Spec, shape: Shape, step: int) -> dict[str, int]:
         "halving": lambda blocks: largest >> blocks,
         "uniform": lambda blocks: largest,
     }[shape]
-    return {layer.name: max(1, rank(away[layer.block])) for layer in spec.layers}
+    least = min(1, largest)  # 0 where clients train no factors
+    return {layer.name: max(least, rank(away[layer.block])) for layer in spec.layers}
 
 
 def balanced(seconds: Sequence[Sequence[float]], least: int, eps: float) -> list[int]:

@@ -352,7 +352,7 @@ def _round(entry: Mapping[str, Any]) -> Round:
         real_seconds=float(entry.get("real_seconds", 0.0)),
         planned_ranks={client: int(rank) for client, rank in entry.get("planned_ranks", {}).items()},
         returned_ranks={client: int(rank) for client, rank in entry.get("returned_ranks", {}).items()},
-        energy={band: float(share) for band, share in (entry.get("energy") or {}).items()},
+        energy={band: float(share) for band, share in (entry.get("energy") or {}).items() if share is not None},
         class_accuracy={int(rank): float(a) for rank, a in (entry.get("class_accuracy") or {}).items()},
         federated=_federated(entry.get("federated")),
         rejected=tuple(_rejection(item) for item in entry.get("rejected", [])),

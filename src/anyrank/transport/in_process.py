@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch.utils.data import Subset
 
 from anyrank.data import held_out
@@ -53,7 +54,14 @@ class InProcess:
                 kept = self.memory.read(
                     client, before=(task.round, task.phase) if task.kind == "train" else (task.round + 1, 0)
                 )
-            update, keeps = work(self.model, self.method, task, data, training=self.training, seed=self.seed, kept=kept)
-            if keeps:
+            try:
+                update, keeps = work(
+                    self.model, self.method, task, data, training=self.training, seed=self.seed, kept=kept
+                )
+            except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+                # Numbers that no decomposition takes: training has diverged.
+                yield Failure(client, task.round, "rejected", f"training: {error}")
+                continue
+            if keeps and all(bool(tensor.isfinite().all()) for tensor in keeps.tensors().values()):
                 self.memory.write(client, (task.round, task.phase), keeps)
             yield update
