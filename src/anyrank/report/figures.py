@@ -38,7 +38,11 @@ def accuracy(runs: Sequence[Run], tones: Tones) -> str:
     time = chart("Accuracy over simulated time", Axis(unit, low=0), lambda r: r.simulated_seconds / divisor)
     return section(
         "Accuracy",
-        figure("Over rounds", "Share of the server’s test examples that the global model gets right.", rounds),
+        figure(
+            "Over rounds",
+            "Share of the server’s test examples that the global model gets right, or the clients’ own on average.",
+            rounds,
+        ),
         figure("Over simulated time", "The same, over what the virtual clock showed.", time),
         legend=legend(courses, tones),
     )
@@ -81,8 +85,8 @@ def traffic(runs: Sequence[Run], tones: Tones) -> str:
         y = Axis("", write=lambda value: f"{value:g}{SPACE}{unit}", low=0, high=most / divisor)
         return figure(title, note, charts.lines(series, title=f"{title}, cumulative bytes", x=axis, y=y))
 
-    up = course("Up", "bytes_up", "From the clients to the server, all rounds so far.")
-    down = course("Down", "bytes_down", "From the server to the clients, all rounds so far.")
+    up = course("Up", "bytes_up", "What the clients sent, all rounds so far.")
+    down = course("Down", "bytes_down", "What the clients received, all rounds so far.")
     return section("Traffic", up, down, legend=legend(courses, tones))
 
 
