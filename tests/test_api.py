@@ -112,7 +112,7 @@ def test_another_seed_gives_another_result(finished, tiny, tmp_path):
 @pytest.mark.parametrize("method", ["hlora", "hetlora", "local_only"])
 @pytest.mark.parametrize("rounds_before", [1, 2])
 def test_a_resumed_run_ends_with_the_same_bytes(tiny, tmp_path, method, rounds_before):
-    chosen = recipe(tiny, f"method.name={method}", "server.momentum=0.5")
+    chosen = recipe(tiny, f"method.name={method}", "server.momentum=0.5", "train.steps=2")
     whole = anyrank.run(chosen, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         anyrank.run(chosen, tmp_path / "cut", observer=StopsAfter(rounds_before))
@@ -129,10 +129,10 @@ def test_a_resumed_run_ends_with_the_same_bytes(tiny, tmp_path, method, rounds_b
 
 
 def test_a_record_without_its_checkpoint_is_played_again(tiny, tmp_path, monkeypatch):
-    whole = anyrank.run(recipe(tiny), tmp_path / "whole")
-    cut = tmp_path / "cut"
+    chosen, cut = recipe(tiny, "train.steps=2"), tmp_path / "cut"
+    whole = anyrank.run(chosen, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        anyrank.run(recipe(tiny), cut, observer=StopsAfter(2))
+        anyrank.run(chosen, cut, observer=StopsAfter(2))
     with (cut / "rounds.jsonl").open("a") as file:
         file.write(json.dumps(whole.records()[2]) + "\n")
     anyrank.resume(cut)
@@ -172,7 +172,7 @@ class Counts(anyrank.Observer):
 def test_a_finished_run_and_its_baselines_are_not_played_again(tiny, tmp_path):
     text = (tiny / "recipe.toml").read_text().replace("threads = 1\n", "")
     (tmp_path / "recipe.toml").write_text(text)
-    chosen = anyrank.load_recipe(tmp_path / "recipe.toml", ['compare=["centralised", "local_only"]'])
+    chosen = anyrank.load_recipe(tmp_path / "recipe.toml", ['compare=["centralised", "local_only"]', "train.steps=2"])
     anyrank.run(chosen, tmp_path / "run")
     counts = Counts()
     anyrank.resume(tmp_path / "run", observer=counts)
@@ -296,7 +296,7 @@ def test_export_gives_the_best_adapter_of_a_rank(finished, tmp_path):
 @pytest.mark.parametrize("method", sorted(anyrank.METHODS))
 def test_every_method_runs(tiny, tmp_path, method):
     claims = anyrank.METHODS[method]().claims
-    settings = [f"method.name={method}", "rounds=2", f"topology.name={claims.topologies[0]}"]
+    settings = [f"method.name={method}", "rounds=2", f"topology.name={claims.topologies[0]}", "train.steps=2"]
     folder = anyrank.run(recipe(tiny, *settings), tmp_path / method)
     ranks = {rank for record in folder.records() for rank in record["returned_ranks"].values()}
     assert (len(ranks) > 1) == claims.mixed_ranks
@@ -311,13 +311,13 @@ def test_every_method_runs(tiny, tmp_path, method):
 
 @pytest.mark.parametrize("local", [name for name in LOCALS if name not in ("lora", "mole")])  # the last needs adapters
 def test_every_way_of_training_runs(tiny, tmp_path, local):
-    folder = anyrank.run(recipe(tiny, f"local.name={local}", "rounds=2"), tmp_path / local)
+    folder = anyrank.run(recipe(tiny, f"local.name={local}", "rounds=2", "train.steps=4"), tmp_path / local)
     assert folder.records()[-1]["accuracy"] > 0.4
 
 
 @pytest.mark.parametrize("topology", ["hierarchy", "ring", "gossip"])
 def test_every_topology_runs_and_resumes_to_the_same_bytes(tiny, tmp_path, topology):
-    settings = [f"topology.name={topology}", "method.name=fedsa_lora"]
+    settings = [f"topology.name={topology}", "method.name=fedsa_lora", "train.steps=2"]
     whole = anyrank.run(recipe(tiny, *settings, "rounds=3"), tmp_path / "whole")
     part = anyrank.run(recipe(tiny, *settings, "rounds=2"), tmp_path / "part")
     anyrank.resume(part.path, overrides={"rounds": 3})

@@ -374,7 +374,7 @@ def test_a_client_that_is_late_or_drops_out_is_not_trained():
 
 
 def test_a_late_reply_counts_when_it_comes_where_changes_are_added():
-    method = METHODS["anyrank"]()
+    method = METHODS["anyrank"](weights="asked")
     run = federation(method=method, clock=Clock(deadline=30.0, seed=3), rounds=4)
     slow = {**FLEET, "cat": replace(FLEET["cat"], steps=34)}  # 35.7 s: from round 1, 30 s long, into round 3
     found = play(run, beginning(run, slow))

@@ -183,6 +183,13 @@ def test_norm_of_zero_is_zero_and_of_a_cancelling_product_finite():
     assert float(lowrank.norm(lowrank.stack([part, part], [1.0, -1.0]))) < 1e-6
 
 
+@given(parts())
+def test_scaled_is_the_sum_of_the_slots_by_their_factors(part):
+    factors = torch.linspace(-1, 2, part.rank, dtype=torch.float64)
+    expected = sum(f * torch.outer(part.B[:, j], part.A[j]) for j, f in enumerate(factors.tolist()))
+    assert_close(lowrank.scaled(part, factors).product, expected, 1e-12)
+
+
 @given(rounds())
 def test_stack_is_exactly_the_weighted_sum_of_products(round):
     held, weights, _ = round

@@ -19,6 +19,7 @@ __all__ = [
     "pad",
     "padded_mean",
     "resize",
+    "scaled",
     "singular_values",
     "slot_shares",
     "stack",
@@ -78,6 +79,11 @@ def stack(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """The weighted sum of products, `sum_k w_k B_k A_k`, exactly: rank `sum_k r_k`. The weight goes on B alone."""
     B = torch.cat([weight * part.B for part, weight in zip(parts, weights, strict=True)], dim=1)
     return LowRank(torch.cat([part.A for part in parts]), B)
+
+
+def scaled(part: LowRank, factors: Float[Tensor, " r"]) -> LowRank:
+    """Each slot's product times a factor of its own: `sum_j f_j B[:, j] A[j]`."""
+    return LowRank(part.A, part.B * factors.to(part.B))
 
 
 def together(adapters: Sequence[Adapter]) -> Adapter:

@@ -1,24 +1,31 @@
 """anyrank: the server adds the change each client made to what it was sent, in product space.
 
 Our own method; there is no paper. What it takes up: the whole global model as the point from which clients start (FedHL,
-arXiv 2505.18494; Fed-PLoRA, arXiv 2602.16936) and averages of products kept factored (FlexLoRA, arXiv 2402.11505).
+arXiv 2505.18494; Fed-PLoRA, arXiv 2602.16936), averages of products kept factored (FlexLoRA, arXiv 2402.11505), and
+weights by the owners of a slot (raFLoRA, arXiv 2602.13486).
 
     server:    D = B A of rank R, slots sorted by size
     client k:  is sent  S_k = the first r_k slots of D, to train, and  F_k = D - S_k, the others, frozen
                returns  U_k, what became of S_k
-    server:    D <- SVD_R( D + sum_k w_k (U_k - S_k) )
+    server:    D <- SVD_R( D + sum_k sum_{j < r_k} w_kj (U_k[j] - S_k[j]) )        X[j] = the product of slot j
+               w_kj = w_k sum_i w_i / sum_{i: r_i > j} w_i
 
-Names: w_k = weights, as shares of the examples that were asked for, not divided by what arrived: a client that does not
-reply has changed nothing. Of a reply that comes late, S_k is what its client was sent, and w_k its share of the round in
-which it was asked. SVD_R = `lowrank.svd` of the stacked factors.
-What follows: a client says nothing about directions that it did not receive, so nothing has to be diluted or scaled up for
-them, and a round in which nobody changes anything changes nothing. With the frozen part every client starts from the
-global model, so that an optimum is a fixed point; without it (`frozen = false`, half the download of a small client and
-less work) clients of small rank push towards making up for the slots they lack.
+Names: w_k = weights, as shares of the examples that were asked for, so that sum_i w_i over those who replied is below 1 if
+some did not, and the step smaller. Of a reply that comes late, S_k is what its client was sent, and w_k its share of the
+round in which it was asked. With `weights = "asked"`, w_kj = w_k. SVD_R = `lowrank.svd` of the stacked factors.
+What follows: a client says nothing about directions that it did not receive, so nothing is diluted, and a round in which
+nobody changes anything changes nothing. With the frozen part every client starts from the global model, so that an
+optimum is a fixed point; without it (`frozen = false`, half the download of a small client and less work) clients of small
+rank push towards making up for the slots they lack.
+Traps: weights by owners depend on how a client splits its change into slots; `asked` does not, but a slot that few hold
+moves by their small share only.
 Cost: O((d_in + d_out) (r + 2 R)^2), R = sum_k r_k, r the server's rank; down r, up r_k slots.
 """
 
 from collections.abc import Sequence
+from typing import Literal
+
+import torch
 
 from anyrank import lowrank
 from anyrank.adapter import Adapter
@@ -29,13 +36,14 @@ from anyrank.seeding import generator
 __all__ = ["anyrank"]
 
 
-def anyrank(*, frozen: bool = True) -> Method:
+def anyrank(*, frozen: bool = True, weights: Literal["owners", "asked"] = "owners") -> Method:
     """Averaging of changes to the product, by clients that start from the whole global model.
 
     Args:
         frozen: clients apply the slots above their rank, frozen.
+        weights: a slot's change is averaged over the clients that hold it, or over all who were asked.
     """
-    baseline = zero_padding()
+    baseline, by_owners = zero_padding(), weights == "owners"
 
     def rest(state: State, plan: Plan) -> Adapter:
         return state.rest(plan.ranks)
@@ -46,7 +54,13 @@ def anyrank(*, frozen: bool = True) -> Method:
             S = [
                 task.start.layers[layer] for task, update in inbox if update.adapter and layer in update.adapter.layers
             ]
-            changed = lowrank.stack([D, *U, *S], [1.0, *w, *(-w_k for w_k in w)])
+            by_slot = (
+                [sum(w) * share for share in lowrank.slot_shares(U, w, D)]
+                if by_owners
+                else [torch.full((part.rank,), w_k) for part, w_k in zip(U, w, strict=True)]
+            )
+            now, then = map(lowrank.scaled, U, by_slot), map(lowrank.scaled, S, by_slot)
+            changed = lowrank.stack([D, *now, *then], [1.0] * (1 + len(U)) + [-1.0] * len(S))
             layers[layer] = lowrank.svd(changed, D.rank, generator(state.spec.seed, "anyrank", state.round, layer))
         return state.with_layers(layers)
 

@@ -17,7 +17,6 @@ Cost: O((d_in + d_out) R^2 + R^3), R = sum_k r_k; up and down one adapter of the
 from collections.abc import Sequence
 
 from anyrank import lowrank
-from anyrank.adapter import LowRank
 from anyrank.federation import Inbox, Method, State
 from anyrank.methods.flexlora import flexlora
 from anyrank.seeding import generator
@@ -33,9 +32,9 @@ def raflora() -> Method:
         layers = {}
         for layer, parts, shares, previous in state.holders(inbox, weights):
             by_slot = lowrank.slot_shares(parts, shares, previous)
-            owned = [LowRank(part.A, part.B * share.to(part.B)) for part, share in zip(parts, by_slot, strict=True)]
+            owned = map(lowrank.scaled, parts, by_slot)
             unowned = lowrank.tail(previous, max(part.rank for part in parts))
-            mean = lowrank.stack([*owned, unowned], [1.0] * (len(owned) + 1))
+            mean = lowrank.stack([*owned, unowned], [1.0] * (len(parts) + 1))
             rng = generator(state.spec.seed, "raflora", state.round, layer)
             layers[layer] = lowrank.svd(mean, previous.rank, rng)
         return state.with_layers(layers)
