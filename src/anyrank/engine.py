@@ -198,15 +198,7 @@ class _Round:
         shares = {client: count / sum(examples.values()) for client, count in examples.items()}
         due: list[Late] = []
         if late:
-            awaited = [*self.late, *self._missed(tasks, arrivals, shares)]
-            if awaited and not any(arrival.outcome == "in time" for arrival in arrivals):
-                until = max(until, min(late.arrives for late in awaited))
-            arrivals = [
-                replace(a, outcome="in time") if a.outcome == "late" and self.now + a.seconds <= until else a
-                for a in arrivals
-            ]
-            due = [late for late in self.late if late.arrives <= until]
-            self.late = [late for late in awaited if late.arrives > until]
+            arrivals, due, until = self._wait(tasks, arrivals, shares, until)
         shares |= {come.task.plan.client: come.weight for come in due}
         inbox, failures = _collect(self.federation, [*tasks, *(come.task for come in due)], arrivals)
         if neighbours is None:
@@ -220,14 +212,29 @@ class _Round:
         self.arrivals += arrivals
         return Asked(inbox, [shares[update.client] for _, update in inbox], until - self.now)
 
-    def _missed(
-        self, tasks: Sequence[Task], arrivals: Sequence[Arrival], shares: Mapping[str, float]
-    ) -> Iterator[Late]:
-        """The tasks whose replies will come after the deadline."""
+    def _wait(
+        self, tasks: Sequence[Task], arrivals: Sequence[Arrival], shares: Mapping[str, float], until: float
+    ) -> tuple[list[Arrival], list[Late], float]:
+        """The arrivals, the replies to earlier tasks that come in the round, and when it ends; who is late now is noted.
+
+        If nobody is in time, the round lasts until the first late reply.
+        """
+        awaited = list(self.late)
         for task, arrival in zip(tasks, arrivals, strict=True):
             if arrival.outcome == "late":
                 task = replace(task, frozen=task.applied, folds=())  # the state's folds may be other ones by then
-                yield Late(task, shares[arrival.client], self.now + arrival.seconds)
+                awaited.append(Late(task, shares[arrival.client], self.now + arrival.seconds))
+        if awaited and not any(arrival.outcome == "in time" for arrival in arrivals):
+            until = max(until, min(late.arrives for late in awaited))
+        heard = [
+            replace(arrival, outcome="in time")
+            if arrival.outcome == "late" and self.now + arrival.seconds <= until
+            else arrival
+            for arrival in arrivals
+        ]
+        due = [late for late in self.late if late.arrives <= until]
+        self.late = [late for late in awaited if late.arrives > until]
+        return heard, due, until
 
     def carry(self, down: int, up: int) -> None:
         """Account for bytes that travel besides those of the clients' tasks."""
