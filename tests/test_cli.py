@@ -1,6 +1,7 @@
 """The command line: what a person types, sees and gets as an exit code."""
 
 import json
+import re
 import sys
 from io import StringIO
 from pathlib import Path
@@ -71,6 +72,21 @@ def test_a_run_ends_with_tables_the_folder_and_the_command_for_a_report(anyrank,
     code, out, _ = anyrank("export", "runs/hlora-1", "--rank", "2", "-o", "small")
     assert code == 0
     assert Path("small/adapter_model.safetensors").exists()
+
+
+def test_late_replies_are_named_when_they_are_missed_and_when_they_come(anyrank, recipe):
+    rest = "memory_bytes = 1e9, up_bps = 1e6, down_bps = 1e6"
+    devices = [
+        f"devices.{x}={{forward_flops = {f}, backward_flops = {f}, {rest}}}" for x, f in [("a", 1e6), ("b", 1e7)]
+    ]
+    classes = ["fleet.classes.weak.device=a", "fleet.classes.strong.device=b"]
+    settings = [*devices, *classes, "method.name=anyrank", "clock.deadline=9", "train.steps=1"]
+    code, out, _ = anyrank("run", recipe, *(part for setting in settings for part in ("--set", setting)))
+    assert code == 0
+    first, second = out.split("round   1/")[1].split("round   2/")
+    late = re.findall(r"(client-0\d) late: after", first)
+    assert late
+    assert re.findall(r"(client-0\d) replied to round 1", second) == late
 
 
 def test_check_prints_a_table_and_remarks(anyrank, recipe):

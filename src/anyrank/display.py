@@ -102,6 +102,8 @@ class LiveObserver(Observer):
         )
         for failure in record["rejected"]:
             self._print(f"           {failure['client']} {failure['stage']}: {failure['reason']}", style="yellow")
+        for client, asked in record["late_replies"].items():
+            self._print(f"           {client} replied to round {asked}")
 
     def _print(self, text: str, *, style: str | None = None) -> None:
         # No markup: names of clients and files are the user's.
