@@ -38,6 +38,7 @@ __all__ = [
     "Times",
     "Update",
     "Weights",
+    "holders_tasks",
     "make_task",
 ]
 
@@ -280,6 +281,11 @@ class Failure:
 
 
 Inbox = Sequence[tuple[Task, Update]]
+
+
+def holders_tasks(inbox: Inbox, layer: str) -> list[Task]:
+    """The tasks of those who returned a layer, in the order of `State.holders`."""
+    return [task for task, update in inbox if update.adapter and layer in update.adapter.layers]
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,7 @@ import torch
 
 from anyrank import lowrank
 from anyrank.adapter import Adapter
-from anyrank.federation import Inbox, Method, Plan, State
+from anyrank.federation import Inbox, Method, Plan, State, holders_tasks
 from anyrank.methods.zero_padding import zero_padding
 from anyrank.seeding import generator
 
@@ -51,9 +51,7 @@ def anyrank(*, frozen: bool = True, weights: Literal["owners", "asked"] = "owner
     def aggregate(state: State, inbox: Inbox, weights: Sequence[float]) -> State:
         layers = {}
         for layer, U, w, D in state.holders(inbox, weights):
-            S = [
-                task.start.layers[layer] for task, update in inbox if update.adapter and layer in update.adapter.layers
-            ]
+            S = [task.start.layers[layer] for task in holders_tasks(inbox, layer)]
             by_slot = (
                 [sum(w) * share for share in lowrank.slot_shares(U, w, D)]
                 if by_owners

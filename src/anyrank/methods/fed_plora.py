@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from anyrank import lowrank
 from anyrank.adapter import Adapter
 from anyrank.allocate import at_random_slots
-from anyrank.federation import Inbox, Method, Plan, State
+from anyrank.federation import Inbox, Method, Plan, State, holders_tasks
 from anyrank.methods.fslora import fslora
 from anyrank.methods.rbla import rbla
 
@@ -37,7 +37,7 @@ def fed_plora() -> Method:
     def aggregate(state: State, inbox: Inbox, weights: Sequence[float]) -> State:
         layers = {}
         for layer, parts, shares, previous in state.holders(inbox, weights):
-            slots = [t.plan.slots for t, update in inbox if update.adapter and layer in update.adapter.layers]
+            slots = [task.plan.slots for task in holders_tasks(inbox, layer)]
             layers[layer] = lowrank.by_slot(parts, shares, previous, slots)
         return state.with_layers(layers)
 

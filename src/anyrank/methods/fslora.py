@@ -22,7 +22,7 @@ import torch
 from anyrank import lowrank
 from anyrank.adapter import Adapter, LowRank
 from anyrank.allocate import at_random_slots
-from anyrank.federation import Device, Inbox, Method, Plan, State
+from anyrank.federation import Device, Inbox, Method, Plan, State, holders_tasks
 from anyrank.methods.zero_padding import zero_padding
 
 __all__ = ["fslora"]
@@ -44,7 +44,7 @@ def fslora() -> Method:
     def aggregate(state: State, inbox: Inbox, weights: Sequence[float]) -> State:
         layers = {}
         for layer, parts, shares, previous in state.holders(inbox, weights):
-            asked = [task for task, update in inbox if update.adapter and layer in update.adapter.layers]
+            asked = holders_tasks(inbox, layer)
             slots, starts = [task.plan.slots for task in asked], [task.start.layers[layer] for task in asked]
             changes = [LowRank(now.A - then.A, now.B - then.B) for now, then in zip(parts, starts, strict=True)]
             mean = lowrank.padded_mean(changes, shares, previous.map(torch.zeros_like), slots)
