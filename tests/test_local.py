@@ -48,10 +48,12 @@ def give(tensor: torch.Tensor, grad: Any) -> None:
 
 def after_backward(local: Local, live: Adapter, optimizer: Optimizer, step: int) -> None:
     """The rest of a local step."""
-    local.on_grad(live, step)
+    if local.on_grad:
+        local.on_grad(live, step)
     optimizer.step()
-    with torch.no_grad():
-        local.on_step(live, optimizer, step)
+    if local.on_step:
+        with torch.no_grad():
+            local.on_step(live, optimizer, step)
 
 
 def layer(d_out: int, d_in: int, rank: int, seed: int) -> tuple[LowRank, torch.Tensor]:

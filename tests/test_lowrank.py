@@ -71,10 +71,99 @@ def test_svd_at_full_rank_reproduces_the_product(part, more):
     assert_close(found.product, part.product, 1e-10)
 
 
-@given(parts(torch.float32))
-def test_svd_in_float32_reproduces_the_product(part):
-    found = lowrank.svd(part, part.rank, rng())
-    assert_close(found.product, part.product, 2e-6)
+@st.composite
+def sums(draw):
+    """What a server decomposes, in float32 or bfloat16: few slots or many, of clients that agree, nearly, or not at all."""
+    d_in, d_out, rank = draw(st.integers(1, 40)), draw(st.integers(1, 40)), draw(st.integers(1, 60))
+    part = low_rank(rank=rank, d_in=d_in, d_out=d_out, key=(draw(SEEDS),))
+    A, B = part.A, part.B
+    sizes, noise = torch.logspace(0, -10, rank), torch.randn(3 * rank, d_in, generator=rng())
+    A, B = draw(
+        st.sampled_from(
+            [
+                (A, B),
+                (A.repeat(3, 1), B.repeat(1, 3) / 3),
+                (A.repeat(3, 1) * (1 + 1e-5 * noise), B.repeat(1, 3) / 3),
+                (A[:1].repeat(rank, 1), B[:, :1].repeat(1, rank)),
+                (A, B * sizes),  # graded
+                (A * 1e5 * sizes[:, None], B * 1e-5 / sizes),  # badly split
+                (A * (sizes < 1)[:, None], B * (sizes > 1e-8)),  # with empty slots
+                (torch.cat([A, A]), torch.cat([B, -0.9 * B], dim=1)),
+            ]
+        )
+    )
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    return LowRank(A.to(dtype), B.to(dtype))
+
+
+def size_of(part):
+    """Sum of the sizes of all slots: what rounding is relative to."""
+    return float((part.A.double().norm(dim=1) * part.B.double().norm(dim=0)).sum())
+
+
+@given(sums(), RANKS)
+def test_svd_of_a_sum_is_the_dense_svd_to_five_digits(part, rank):
+    dense = part.map(torch.Tensor.double).product
+    found = lowrank.svd(part.map(torch.Tensor.float), rank, rng())
+    best, S = dense_best(dense, rank)
+    summed = size_of(part)
+    off = float((found.product.double() - dense).norm()) - float(S[rank:].norm())
+    assert abs(off) <= 1e-6 * summed  # Eckart-Young
+    if len(S) > rank and S[rank - 1] > 1.01 * S[rank]:
+        assert float((found.product.double() - best).norm()) <= 1e-5 * max(float(dense.norm()), 0.1 * summed)
+    assert_orthonormal_while_there_is_room(found.A)
+    assert (found.B.norm(dim=0).diff() <= 1e-6 * summed).all()
+    again = lowrank.svd(part.map(torch.Tensor.float), rank, rng())
+    assert torch.equal(found.A, again.A)
+    assert torch.equal(found.B, again.B)
+
+
+@given(sums())
+def test_compact_keeps_the_product_at_the_smallest_rank(part):
+    found, dense = lowrank.compact(part), part.map(torch.Tensor.double).product
+    S = torch.linalg.svdvals(dense)
+    summed = size_of(part)
+    tolerance = {torch.bfloat16: 1e-2, torch.float32: 1e-5}[part.A.dtype]
+    assert float((found.map(torch.Tensor.double).product - dense).norm()) <= tolerance * summed
+    assert found.rank <= max(1, int((1e-7 * S[0] < S).sum()))
+    assert found.A.dtype == found.B.dtype == part.A.dtype
+    assert found.B.is_contiguous()
+
+
+@given(sums())
+def test_singular_values_of_a_sum_are_those_of_the_dense_product(part):
+    S, dense = lowrank.singular_values(part), torch.linalg.svdvals(part.map(torch.Tensor.double).product)
+    summed = size_of(part)
+    assert S.shape == (min(part.rank, *part.product.shape),)
+    assert float((S - dense[: len(S)]).norm()) <= 2e-6 * summed
+
+
+@pytest.mark.parametrize(("d_in", "d_out", "rank"), [(2500, 3, 4), (3, 2500, 4), (2500, 1100, 5), (30, 20, 1500)])
+def test_svd_of_a_layer_of_several_blocks(d_in, d_out, rank):
+    part = low_rank(rank=rank, d_in=d_in, d_out=d_out, key=("blocks",))
+    precise = part.map(torch.Tensor.double)  # another route, which is tested above
+    assert_close(lowrank.svd(part, 4, rng()).product, lowrank.svd(precise, 4, rng()).product, 1e-6)
+    assert_close(lowrank.singular_values(part), lowrank.singular_values(precise), 1e-6)
+    assert_close(lowrank.norm(part), precise.product.norm(), 1e-6)
+
+
+@pytest.mark.parametrize("rank", [300, 700])
+@pytest.mark.parametrize(("d_in", "d_out"), [(320, 350), (350, 320)])
+def test_svd_of_many_slots(d_in, d_out, rank):
+    part = low_rank(rank=rank, d_in=d_in, d_out=d_out, key=("many",))
+    part = LowRank(part.A, part.B * torch.logspace(0, -2, rank))
+    best, S = dense_best(part.product.double(), 8)
+    assert_close(lowrank.svd(part, 8, rng()).product, best, 1e-6 * float(best.norm()))
+    energy = float(S[:5].square().sum() / S.square().sum())
+    assert (lowrank.svd(part, 8, rng(), energy=energy - 1e-6).B[:, 5:] == 0).all()
+    assert (lowrank.svd(part, 8, rng(), energy=energy + 1e-6).B[:, 5:].norm(dim=0) > 0).tolist() == [True, False, False]
+
+
+def test_compact_of_a_zero_product_is_one_slot():
+    for part in (low_rank(rank=3, d_in=4, d_out=5, key=("zero",)), low_rank(rank=9, d_in=4, d_out=5, key=("zero",))):
+        found = lowrank.compact(LowRank(part.A, torch.zeros_like(part.B)))
+        assert found.rank == 1
+        assert (found.product == 0).all()
 
 
 @given(parts())
@@ -169,6 +258,51 @@ def test_svd_survives_huge_and_tiny_products():
         assert_close(found.B.double() / factor**2, lowrank.svd(part, 3, rng()).B)
 
 
+# --- randomized svd -----------------------------------------------------------------------------------------------
+
+
+@given(sums(), RANKS, st.integers(1, 5))
+def test_a_randomized_svd_says_how_far_off_it_is(part, rank, oversample):
+    found, error = lowrank.randomized_svd(part.map(torch.Tensor.float), rank, rng(), oversample=oversample)
+    dense = part.map(torch.Tensor.double).product
+    summed = size_of(part)
+    off, best = float((found.product.double() - dense).norm()), float(torch.linalg.svdvals(dense)[rank:].norm())
+    assert error * float(dense.norm()) == pytest.approx(off, abs=2e-6 * summed)
+    assert off >= best - 1e-6 * summed
+    assert found.rank == rank
+    assert_orthonormal_while_there_is_room(found.A)
+    again, as_before = lowrank.randomized_svd(part.map(torch.Tensor.float), rank, rng(), oversample=oversample)
+    assert torch.equal(found.A, again.A)
+    assert torch.equal(found.B, again.B)
+    assert error == as_before
+
+
+@given(parts(), RANKS)
+def test_a_randomized_svd_with_a_row_for_every_direction_is_the_svd(part, rank):
+    found, error = lowrank.randomized_svd(part, rank, rng(), oversample=7)
+    best, S = dense_best(part.product, rank)
+    assert_close(found.product, best, 1e-7)
+    assert error == pytest.approx(float(S[rank:].norm() / S.norm()), abs=1e-6)
+
+
+def test_a_randomized_svd_of_a_decaying_spectrum_is_nearly_the_best():
+    d, S = 300, torch.logspace(0, -3, 200)
+    Q = torch.linalg.qr(torch.randn(d, 400, generator=rng()).reshape(2, d, 200)).Q
+    part = LowRank(Q[0].T.contiguous(), Q[1] * S)
+    found, error = lowrank.randomized_svd(part, 16, rng(), oversample=8)
+    best = float(S[16:].norm() / S.norm())
+    assert best <= error <= 1.01 * best
+    assert_close(found.B.norm(dim=0), S[:16], 0.01)
+
+
+def test_a_randomized_svd_of_a_zero_product_misses_nothing_and_can_learn():
+    part = low_rank(rank=3, d_in=4, d_out=5, key=("zero",))
+    found, error = lowrank.randomized_svd(LowRank(part.A, torch.zeros_like(part.B)), 2, rng(), oversample=1)
+    assert error == 0
+    assert (found.B == 0).all()
+    assert_orthonormal_while_there_is_room(found.A)
+
+
 # --- norm, stack, truncate, resize, fresh -------------------------------------------------------------------------
 
 
@@ -183,13 +317,6 @@ def test_norm_of_zero_is_zero_and_of_a_cancelling_product_finite():
     assert float(lowrank.norm(lowrank.stack([part, part], [1.0, -1.0]))) < 1e-6
 
 
-@given(parts())
-def test_scaled_is_the_sum_of_the_slots_by_their_factors(part):
-    factors = torch.linspace(-1, 2, part.rank, dtype=torch.float64)
-    expected = sum(f * torch.outer(part.B[:, j], part.A[j]) for j, f in enumerate(factors.tolist()))
-    assert_close(lowrank.scaled(part, factors).product, expected, 1e-12)
-
-
 @given(rounds())
 def test_stack_is_exactly_the_weighted_sum_of_products(round):
     held, weights, _ = round
@@ -198,6 +325,31 @@ def test_stack_is_exactly_the_weighted_sum_of_products(round):
     assert stacked.rank == sum(part.rank for part in held)
     assert_close(stacked.product, dense, 1e-12)
     assert torch.equal(stacked.A, torch.cat([part.A for part in held]))
+
+
+@given(rounds(), st.booleans())
+def test_a_weighted_sum_is_the_stack_at_no_more_slots_than_the_narrower_side(round, by_slot):
+    held, weights, _ = round
+    if by_slot:
+        weights = [torch.linspace(-1, weight, part.rank) for part, weight in zip(held, weights, strict=True)]
+    stacked, found = lowrank.stack(held, weights), lowrank.weighted_sum(held, weights)
+    assert found.rank == min(stacked.rank, *stacked.product.shape)
+    assert_close(found.product, stacked.product, 1e-12)
+    if by_slot:
+        slots = torch.cat([part.B for part in held], dim=1), torch.cat([part.A for part in held])
+        assert_close(stacked.product, slots[0] * torch.cat(weights) @ slots[1], 1e-6)
+
+
+def test_a_weighted_sum_of_many_parts_reads_them_one_after_another():
+    held = [low_rank(rank=r, d_in=40, d_out=30, key=(r, i)) for i in range(100) for r in (3, 16, 20)]
+    found = lowrank.weighted_sum(held, [1 / 300] * 300)
+    assert found.rank == 30
+    assert_close(found.product, sum(part.map(torch.Tensor.double).product / 300 for part in held), 1e-6)
+
+
+def test_a_stack_without_weights_is_the_plain_sum():
+    held = [low_rank(rank=r, d_in=4, d_out=3, key=(r,)) for r in (1, 2)]
+    assert torch.equal(lowrank.stack(held).product, lowrank.stack(held, [1.0, 1.0]).product)
 
 
 @given(parts(), RANKS)
@@ -303,6 +455,9 @@ FUNCTIONS = {
     "by_slot": lambda part, other: lowrank.by_slot([part, other], [0.3, 0.7], part),
     "svd": lambda part, other: lowrank.svd(part, 2, rng()),
     "svd above the sides": lambda part, other: lowrank.svd(part, 8, rng()),
+    "randomized_svd": lambda part, other: lowrank.randomized_svd(part, 2, rng(), oversample=1)[0],
+    "compact": lambda part, other: lowrank.compact(part),
+    "weighted_sum": lambda part, other: lowrank.weighted_sum([part, other], [0.3, 0.7]),
 }
 
 

@@ -95,10 +95,12 @@ def train(method: Method, task: Task, kept: Adapter | None) -> tuple[Update, Ada
         objective.backward()
         for name, value in (method.observe(live) if method.observe else {}).items():
             observed[name] = observed.get(name, 0.0) + value
-        local.on_grad(live, step)
+        if local.on_grad:
+            local.on_grad(live, step)
         optimizer.step()
-        with torch.no_grad():
-            local.on_step(live, optimizer, step)
+        if local.on_step:
+            with torch.no_grad():
+                local.on_step(live, optimizer, step)
     adapter = local.leave(live.map(lambda tensor: tensor.detach().clone()))
     update = Update(client, task.round, method.leave(adapter, start), 40, {"loss": float(loss.detach()), **observed})
     return update, method.keep(adapter) if method.keep else None

@@ -8,6 +8,7 @@ Tasks and updates are whole in memory: whatever the other side has already, or c
 `Plan.down`, `Plan.up` and `Task.held` say what of it travels; `wire` leaves out and counts accordingly.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -356,8 +357,10 @@ class State:
         """
         number = self.folds[-1].number + 1 if self.folds else 1
         new, before = Fold(number, Adapter(layers)), self.folds
-        together = lowrank.together([fold.adapter for fold in (*before, new)]).layers
-        if before and any(part.rank > min(part.A.shape[1], part.B.shape[0]) for part in together.values()):
+        slots: Counter[str] = Counter()
+        for fold in (*before, new):
+            slots.update(fold.adapter.ranks)
+        if before and any(slots[layer.name] > min(layer.d_in, layer.d_out) for layer in self.spec.layers):
             old = lowrank.together([fold.adapter for fold in before]).layers
             before = (Fold(number - 1, Adapter({name: lowrank.compact(part) for name, part in old.items()})),)
         return replace(self, folds=(*before, new))
@@ -432,8 +435,8 @@ class Local(NamedTuple):
     Attributes:
         optimizer: from the live adapter, the learning rate and the weight decay, a fresh optimizer of those of its tensors
             that require a gradient.
-        on_grad: after each backward pass, before the optimizer's step `step` (from 0); may change gradients.
-        on_step: after each step; may change the parameters and the optimizer's memory of them.
+        on_grad: after each backward pass, before the optimizer's step `step` (from 0); may change gradients. None does nothing.
+        on_step: after each step; may change the parameters and the optimizer's memory of them. None does nothing.
         enter: from the adapter that was received, the one whose tensors are trained.
         form: from the live adapter, at every step, the factors that the forward pass uses; may draw random numbers. None
             where those are the trained tensors themselves.
@@ -447,8 +450,8 @@ class Local(NamedTuple):
     """
 
     optimizer: Callable[[Adapter, float, float], Optimizer]
-    on_grad: Callable[[Adapter, int], None]
-    on_step: Callable[[Adapter, Optimizer, int], None]
+    on_grad: Callable[[Adapter, int], None] | None
+    on_step: Callable[[Adapter, Optimizer, int], None] | None
     enter: Callable[[Adapter], Adapter]
     form: Callable[[Adapter, Generator], Adapter] | None
     leave: Callable[[Adapter], Adapter]

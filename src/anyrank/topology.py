@@ -105,13 +105,16 @@ def _mean_dense(state: State, inbox: Inbox, weights: Sequence[float]) -> dict[st
     mean = dict(state.adapter.dense)
     for name in mean:
         held = [
-            (update.adapter.dense[name], weight)
+            (update.adapter.dense, weight)
             for (_, update), weight in zip(inbox, weights, strict=True)
             if update.adapter and name in update.adapter.dense
         ]
         if held:
             total = sum(weight for _, weight in held)
-            mean[name] = torch.stack([tensor * (weight / total) for tensor, weight in held]).sum(dim=0)
+            sums = torch.zeros_like(mean[name], dtype=torch.promote_types(mean[name].dtype, torch.float32))
+            for dense, weight in held:  # one tensor after another, as a change of a whole weight is large
+                sums.add_(dense[name], alpha=weight / total)
+            mean[name] = sums.to(mean[name].dtype)
     return mean
 
 

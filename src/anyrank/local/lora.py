@@ -19,12 +19,6 @@ def lora() -> Local:
     def optimizer(live: Adapter, learning_rate: float, weight_decay: float) -> Optimizer:
         return AdamW(trained(live), lr=learning_rate, weight_decay=weight_decay, fused=True)
 
-    def on_grad(live: Adapter, step: int) -> None:
-        pass
-
-    def on_step(live: Adapter, optimizer: Optimizer, step: int) -> None:
-        pass
-
     def unchanged(adapter: Adapter) -> Adapter:
         return adapter
 
@@ -32,7 +26,14 @@ def lora() -> Local:
         return of_model
 
     return Local(
-        optimizer, on_grad, on_step, enter=unchanged, form=None, leave=unchanged, layers=layers, spread=unchanged
+        optimizer,
+        on_grad=None,
+        on_step=None,
+        enter=unchanged,
+        form=None,
+        leave=unchanged,
+        layers=layers,
+        spread=unchanged,
     )
 
 

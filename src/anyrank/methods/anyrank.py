@@ -19,7 +19,8 @@ optimum is a fixed point; without it (`frozen = false`, half the download of a s
 rank push towards making up for the slots they lack.
 Traps: weights by owners depend on how a client splits its change into slots; `asked` does not, but a slot that few hold
 moves by their small share only.
-Cost: O((d_in + d_out) (r + 2 R)^2), R = sum_k r_k, r the server's rank; down r, up r_k slots.
+Cost: O((d_in + d_out) (r + R)^2), R = sum_k r_k, r the server's rank: an S_k of this round is taken off D's own slots, only
+that of a late reply adds its r_k; down r, up r_k slots.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from typing import Literal
 import torch
 
 from anyrank import lowrank
-from anyrank.adapter import Adapter
+from anyrank.adapter import Adapter, LowRank
 from anyrank.federation import Inbox, Method, Plan, State, holders_tasks
 from anyrank.methods.zero_padding import zero_padding
 from anyrank.seeding import generator
@@ -57,14 +58,20 @@ def anyrank(*, frozen: bool = True, weights: Literal["owners", "asked"] = "owner
                 if by_owners
                 else [torch.full((part.rank,), w_k) for part, w_k in zip(U, w, strict=True)]
             )
-            now, then = map(lowrank.scaled, U, by_slot), map(lowrank.scaled, S, by_slot)
-            changed = lowrank.stack([D, *now, *then], [1.0] * (1 + len(U)) + [-1.0] * len(S))
+            kept, older = torch.ones(D.rank, dtype=torch.float64), []
+            for part, share in zip(S, by_slot, strict=True):
+                if _are_first_slots(part, D):
+                    kept[: part.rank] -= share
+                else:
+                    older.append((part, -share))
+            terms, factors = zip((D, kept), *zip(U, by_slot, strict=True), *older, strict=True)
+            changed = lowrank.weighted_sum(terms, factors)
             layers[layer] = lowrank.svd(changed, D.rank, generator(state.spec.seed, "anyrank", state.round, layer))
         return state.with_layers(layers)
 
     claims = baseline.claims._replace(
         paper="our own",
-        cost="O((d_in + d_out) (r + 2 R)^2)",
+        cost="O((d_in + d_out) (r + R)^2)",
         space="product",
         down="(m + n) r" if frozen else "(m + n) r_k",
         keeps_uncovered=False,
@@ -74,3 +81,8 @@ def anyrank(*, frozen: bool = True, weights: Literal["owners", "asked"] = "owner
         needs="clients answer with a change to what one server sent them",
     )
     return baseline._replace(aggregate=aggregate, frozen=rest if frozen else None, claims=claims)
+
+
+def _are_first_slots(part: LowRank, whole: LowRank) -> bool:
+    first = lowrank.truncate(whole, part.rank)
+    return torch.equal(part.A, first.A) and torch.equal(part.B, first.B)

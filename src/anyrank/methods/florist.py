@@ -37,7 +37,7 @@ def florist(*, tau: Annotated[float, Gt(0), Le(1)] = 0.95) -> Method:
     def aggregate(state: State, inbox: Inbox, weights: Sequence[float]) -> State:
         layers = {}
         for layer, parts, shares, previous in state.holders(inbox, weights):
-            mean = lowrank.stack(parts, [share / sum(shares) for share in shares])
+            mean = lowrank.weighted_sum(parts, [share / sum(shares) for share in shares])
             rng = generator(state.spec.seed, "florist", state.round, layer)
             layers[layer] = lowrank.svd(mean, previous.rank, rng, energy=tau)
         return state.with_layers(layers)

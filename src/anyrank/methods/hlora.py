@@ -8,13 +8,21 @@ Names: as in `flexlora`; n_k / n = weights. As a server rule this is FlexLoRA's,
 how ranks are given out: by data size, `[ranks] name = "data_size"`, or by capacity, the default `per_class`.
 """
 
+from typing import Annotated
+
+from annotated_types import Ge
+
 from anyrank.federation import Method
 from anyrank.methods.flexlora import flexlora
 
 __all__ = ["hlora"]
 
 
-def hlora() -> Method:
-    """Product averaging with truncated SVD, under HLoRA's name."""
-    rule = flexlora()
+def hlora(*, oversample: Annotated[int, Ge(1)] | None = None) -> Method:
+    """Product averaging with truncated SVD, under HLoRA's name.
+
+    Args:
+        oversample: as of `flexlora`.
+    """
+    rule = flexlora(oversample=oversample)
     return rule._replace(claims=rule.claims._replace(paper="Liu et al., arXiv 2503.00813"))

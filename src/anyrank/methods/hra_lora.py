@@ -77,7 +77,7 @@ def hra_lora(
         for layer, parts, _, previous in state.holders(inbox, weights):
             nu = [float(lowrank.norm(part)) for part in parts]
             nu = nu if sum(nu) > 0 else [1.0] * len(parts)
-            mean = lowrank.stack(parts, [norm / sum(nu) for norm in nu])
+            mean = lowrank.weighted_sum(parts, [norm / sum(nu) for norm in nu])
             layers[layer] = lowrank.svd(mean, previous.rank, generator(state.spec.seed, "hra_lora", state.round, layer))
         after, scores = state.with_layers(layers), fisher_scores(inbox, weights)
         return after.with_notes(fisher=scores) if scores and due(state.round + 1, warmup, refresh) else after

@@ -9,7 +9,7 @@ ICCV 2025, arXiv 2411.14961.
     B := B + dB                   client k is sent the first r_k slots
 
 Names: w_k = weights, divided by the sum that arrived; || || = Frobenius, cos of the matrices as vectors. Both solvers
-work on D A^T = sum_k w_k B_k (A_k A^T) and A A^T alone, so that D is never formed.
+work on D A^T = sum_k w_k B_k (A_k A^T) and A A^T, `sgd` besides on ||D||; D is in factors.
 Our readings: `sgd` has the paper's objective, with steps and learning rate of ours, and takes its norm by a proximal
 step: a plain one would jitter around dB = 0, where the norm has a kink. `ridge`, ours, has the Frobenius distance in
 place of the cosine, and a closed form. Smaller adapters are padded.
@@ -50,16 +50,19 @@ def lora_fair(
     """
     baseline = zero_padding()
 
-    def correction(mean: LowRank, target: LowRank) -> Tensor:
-        return _ridge(mean, target, lam) if solver == "ridge" else _descent(mean, target, lam, steps, learning_rate)
+    def correction(mean: LowRank, parts: Sequence[LowRank], shares: Sequence[float]) -> Tensor:
+        toward = _product_with(mean.A.T, parts, shares)  # D A^T
+        if solver == "ridge":
+            return _ridge(mean, toward, lam)
+        size = lowrank.norm(lowrank.weighted_sum(parts, shares))
+        return _descent(mean, toward, size, lam=lam, steps=steps, learning_rate=learning_rate)
 
     def aggregate(state: State, inbox: Inbox, weights: Sequence[float]) -> State:
         layers = {}
         for layer, parts, shares, previous in state.holders(inbox, weights):
             mean = lowrank.padded_mean(parts, shares, previous)
             held = lowrank.truncate(mean, max(part.rank for part in parts)).map(Tensor.double)
-            target = lowrank.stack(parts, [share / sum(shares) for share in shares]).map(Tensor.double)
-            B = (held.B + correction(held, target)).to(mean.B)
+            B = (held.B + correction(held, parts, [share / sum(shares) for share in shares])).to(mean.B)
             layers[layer] = LowRank(mean.A, torch.cat([B, mean.B[:, held.rank :]], dim=1))
         return state.with_layers(layers)
 
@@ -67,21 +70,28 @@ def lora_fair(
     return baseline._replace(aggregate=aggregate, claims=claims)
 
 
-def _ridge(mean: LowRank, target: LowRank, lam: float) -> Tensor:
+def _product_with(X: Tensor, parts: Sequence[LowRank], shares: Sequence[float]) -> Tensor:
+    """`sum_k w_k B_k (A_k X)`, one part after another."""
+    total = X.new_zeros(parts[0].B.shape[0], X.shape[1])
+    for part, share in zip(parts, shares, strict=True):
+        total.addmm_(part.B.to(X), part.A.to(X) @ X, alpha=share)
+    return total
+
+
+def _ridge(mean: LowRank, toward: Tensor, lam: float) -> Tensor:
     gram = mean.A @ mean.A.T
-    missed = target.B @ (target.A @ mean.A.T) - mean.B @ gram  # (D - B A) A^T
+    missed = toward - mean.B @ gram  # (D - B A) A^T
     return torch.linalg.solve(gram + lam * torch.eye(mean.rank).to(gram), missed, left=False)
 
 
-def _descent(mean: LowRank, target: LowRank, lam: float, steps: int, learning_rate: float) -> Tensor:
-    gram, toward = mean.A @ mean.A.T, target.B @ (target.A @ mean.A.T)  # A A^T and D A^T
-    change = torch.zeros_like(mean.B)
+def _descent(mean: LowRank, toward: Tensor, size: Tensor, *, lam: float, steps: int, learning_rate: float) -> Tensor:
+    gram, change = mean.A @ mean.A.T, torch.zeros_like(mean.B)
     for _ in range(steps):
-        now = LowRank(mean.A, mean.B + change)
-        size = lowrank.norm(now)
-        if (lengths := size * lowrank.norm(target)) == 0:
+        now = mean.B + change
+        reached = ((now.T @ now) * gram).sum().clamp(min=0).sqrt()
+        if (lengths := reached * size) == 0:
             break  # there is no angle
-        cosine = (toward * now.B).sum() / lengths
-        moved = change - learning_rate * (cosine / size**2 * (now.B @ gram) - toward / lengths)
+        cosine = (toward * now).sum() / lengths
+        moved = change - learning_rate * (cosine / reached**2 * (now @ gram) - toward / lengths)
         change = moved * (1 - learning_rate * lam / moved.norm()).clamp(min=0)
     return change

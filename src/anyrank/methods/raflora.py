@@ -32,9 +32,8 @@ def raflora() -> Method:
         layers = {}
         for layer, parts, shares, previous in state.holders(inbox, weights):
             by_slot = lowrank.slot_shares(parts, shares, previous)
-            owned = map(lowrank.scaled, parts, by_slot)
             unowned = lowrank.tail(previous, max(part.rank for part in parts))
-            mean = lowrank.stack([*owned, unowned], [1.0] * (len(parts) + 1))
+            mean = lowrank.weighted_sum([*parts, unowned], [*by_slot, 1.0])
             rng = generator(state.spec.seed, "raflora", state.round, layer)
             layers[layer] = lowrank.svd(mean, previous.rank, rng)
         return state.with_layers(layers)
