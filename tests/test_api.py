@@ -170,7 +170,7 @@ class Counts(anyrank.Observer):
 
 
 def test_a_finished_run_and_its_baselines_are_not_played_again(tiny, tmp_path):
-    text = (tiny / "recipe.toml").read_text().replace("threads = 1\n", "")
+    text = (tiny / "recipe.toml").read_text().replace("[compute]\nthreads = 1\n", "")
     (tmp_path / "recipe.toml").write_text(text)
     chosen = anyrank.load_recipe(tmp_path / "recipe.toml", ['compare=["centralised", "local_only"]', "train.steps=2"])
     anyrank.run(chosen, tmp_path / "run")
@@ -422,7 +422,7 @@ def test_check_tells_what_each_device_class_is_asked_for(tiny):
 
 
 def test_a_client_that_diverges_is_left_out_by_name(tiny, tmp_path, monkeypatch):
-    from anyrank import train
+    from anyrank import client, train
 
     original = train.train
 
@@ -433,8 +433,8 @@ def test_a_client_that_diverges_is_left_out_by_name(tiny, tmp_path, monkeypatch)
     folder = tmp_path / "some"
     calls = iter(range(1000))
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train", lambda *a, **k: (diverging if next(calls) % 4 == 1 else original)(*a, **k))
-        run = anyrank.run(recipe(tiny), folder)
+        patch.setattr(client, "train", lambda *a, **k: (diverging if next(calls) % 4 == 1 else original)(*a, **k))
+        run = anyrank.run(recipe(tiny, "compute.cohort=1"), folder)
     for record in run.records():
         (rejected,) = record["rejected"]
         assert rejected["stage"] == "rejected"
@@ -443,9 +443,9 @@ def test_a_client_that_diverges_is_left_out_by_name(tiny, tmp_path, monkeypatch)
     assert run.records()[-1]["accuracy"] > 0.7
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train", diverging)
+        patch.setattr(client, "train", diverging)
         with pytest.raises(RoundFailed, match="round 1: none of 4 clients returned a valid update: client-0"):
-            anyrank.run(recipe(tiny), tmp_path / "none")
+            anyrank.run(recipe(tiny, "compute.cohort=1"), tmp_path / "none")
 
 
 @pytest.mark.parametrize("local", ["lora", "lora_rite", "lora_pro"])
@@ -456,7 +456,7 @@ def test_training_that_diverges_is_an_error_of_the_round(tiny, tmp_path, local):
 
 
 def test_what_a_client_keeps_survives_a_round_in_which_it_diverges(tiny, tmp_path, monkeypatch):
-    from anyrank import train
+    from anyrank import client, train
 
     original = train.train
 
@@ -466,8 +466,8 @@ def test_what_a_client_keeps_survives_a_round_in_which_it_diverges(tiny, tmp_pat
             adapter.map(lambda t: t * float("nan")) if task.round == 1 and task.plan.client == "client-01" else adapter
         ), metrics
 
-    monkeypatch.setattr(train, "train", diverging)
-    run = anyrank.run(recipe(tiny, "method.name=fedsa_lora", "fleet.per_round=6"), tmp_path / "run")
+    monkeypatch.setattr(client, "train", diverging)
+    run = anyrank.run(recipe(tiny, "method.name=fedsa_lora", "fleet.per_round=6", "compute.cohort=1"), tmp_path / "run")
     assert [len(record["rejected"]) for record in run.records()] == [1, 0, 0]
 
 

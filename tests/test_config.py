@@ -15,7 +15,7 @@ def problems(*overrides: str) -> tuple[str, ...]:
 
 def test_the_embedded_default_is_complete_and_valid():
     recipe = load_recipe()
-    assert recipe.method == {"name": "hlora"}
+    assert recipe.method == {"name": "hlora", "oversample": None}
     assert recipe.train.epochs == 1
     assert recipe.compare == ["centralised"]
 
@@ -40,7 +40,7 @@ def test_all_problems_come_at_once():
     text = "\n".join(found)
     assert len(found) == 5
     assert "rouns: unknown key (did you mean rounds?); accepted here: seed, rounds" in text
-    assert "method.gama: unknown key; accepted by hlora: name." in text
+    assert "method.gama: unknown key; accepted by hlora: name, oversample." in text
     assert "train.batch_size: input should be greater than or equal to 1, got 0." in text
     assert "fleet.classes.weak.rnk: unknown key (did you mean rank?); accepted here: device, share, rank." in text
     assert "partition.alpha: unknown key; accepted by by_column: name, column, min_examples." in text

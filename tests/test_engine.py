@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from anyrank import lowrank
+from anyrank import engine, lowrank, spool
 from anyrank.adapter import Adapter
 from anyrank.clock import Clock
 from anyrank.engine import Evaluation, Federation, Progress, begin, rounds, sample
@@ -176,6 +177,17 @@ def test_the_last_round_asks_every_client_to_evaluate_and_the_others_only_the_sa
     }
     assert evaluated[1] == run.transport.trained(1)
     assert evaluated[3] == list(RANKS)
+
+
+@pytest.mark.parametrize("name", ["rbla", "local_only"])
+def test_a_large_fleet_is_evaluated_in_parts(monkeypatch, name):
+    (expected,) = play(federation(method=METHODS[name](), rounds=1))
+    monkeypatch.setattr(engine, "_TOGETHER", 3)
+    clients, calls = Clients(), []
+    parts = SimpleNamespace(run=lambda tasks: (calls.append([t.plan.client for t in tasks]), clients.run(tasks))[1])
+    (found,) = play(federation(parts, method=METHODS[name](), rounds=1))
+    assert calls[-2:] == [["ann", "bob", "cat"], ["dan"]]
+    assert found.record == expected.record
 
 
 def test_how_often_is_evaluated_changes_nothing_else():
@@ -448,6 +460,36 @@ def test_replies_in_any_order_give_identical_states(name):
     one, other = (play(federation(Clients(backwards=order), method=METHODS[name]())) for order in (False, True))
     for found, expected in zip(one, other, strict=True):
         assert_equal(found, expected)
+
+
+PAIRS = [(name, topology) for name, method in METHODS.items() for topology in method().claims.topologies]
+
+
+@pytest.mark.parametrize(("name", "topology"), PAIRS)
+def test_updates_on_disk_give_the_same_bytes(monkeypatch, name, topology):
+    silent = {"cat": lambda task: Failure("cat", task.round, "train", "away") if task.round == 2 else too_large(task)}
+    runs = [federation(Clients(silent), method=METHODS[name](), topology=TOPOLOGIES[topology]()) for _ in range(2)]
+    in_memory = play(runs[0])
+    monkeypatch.setattr(spool, "IN_MEMORY", 0)
+    on_disk = play(runs[1])
+    for found, expected in zip(on_disk, in_memory, strict=True):
+        assert_equal(found, expected)
+
+
+def test_with_updates_on_disk_a_method_can_keep_what_a_client_returned(monkeypatch):
+    monkeypatch.setattr(spool, "IN_MEMORY", 0)
+    rbla = METHODS["rbla"]()
+
+    def best(state, inbox, weights):
+        _, update = inbox[-1]
+        return state.with_layers(update.adapter.layers).with_extra({"best": update.adapter})
+
+    run = federation(method=rbla._replace(aggregate=best), rounds=1)
+    (after,) = play(run)
+    task = next(task for task in run.transport.asked if task.plan.client == "dan")
+    assert_same(after.state.extra["best"], moved(task))
+    for name, part in after.state.adapter.layers.items():
+        assert torch.equal(part.A, moved(task).layers[name].A)
 
 
 def cut(update: Update, rank: int) -> Update:

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anyrank.adapter import Adapter, LowRank
+from anyrank.client import Assignment, work
 from anyrank.federation import Layer, Method, Spec, State, Task
 from anyrank.job import load_recipe, prepare
 from anyrank.memory import Memory
 from anyrank.methods import METHODS
 from anyrank.seeding import generator
 from anyrank.topology import TOPOLOGIES, Asked, Topology, metropolis, reduce
-from anyrank.train import work
 from anyrank.transport.in_process import InProcess
 from anyrank.wire import bytes_down, bytes_up, completed
 from federations import (
@@ -587,7 +587,8 @@ def test_local_training_leaves_the_frozen_factor_alone(recipe, name, round):
     state = replace(state, round=round - 1)
     plan = replace(job.method.assign(state, list(job.cohort.fleet.values()))[0], steps=2)
     task = Task("train", round, plan, job.method.dispatch(state, plan))
-    update, kept = work(job.model, job.method, task, {"train": job.encoded}, training=job.training, seed=0)
+    asked = Assignment(task, {"train": job.encoded})
+    update, kept = work(job.model, job.method, asked, training=job.training, seed=0)
     assert kept is None
     for layer, part in update.adapter.layers.items():
         for factor in "AB":

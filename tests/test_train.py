@@ -7,11 +7,12 @@ import torch
 
 from anyrank import hf
 from anyrank.adapter import Adapter
-from anyrank.federation import Task, make_task
+from anyrank.client import Assignment, work
+from anyrank.federation import Task, Update, make_task
 from anyrank.job import load_recipe, prepare
 from anyrank.local import LOCALS
 from anyrank.seeding import generator
-from anyrank.train import evaluate, examples_in, train, work
+from anyrank.train import evaluate, examples_in, train
 from tiny import recipe_toml, write_model, write_reviews
 
 
@@ -81,10 +82,12 @@ def test_a_method_may_bring_its_own_way_of_training(job):
             tensor.grad = None
 
     still = LOCALS["lora"]()._replace(on_grad=stop)
-    task, data = task_of(job), {"train": job.encoded}
-    update, kept = work(job.model, job.method._replace(local=still), task, data, training=job.training, seed=0)
+    task = task_of(job)
+    asked = Assignment(task, {"train": job.encoded})
+    update, kept = work(job.model, job.method._replace(local=still), asked, training=job.training, seed=0)
     assert kept is None
-    assert update.adapter is not None
+    assert isinstance(update, Update)
+    assert update.adapter
     assert equal(update.adapter, task.start)
     assert update.metrics["examples"] == examples_in(task.plan.steps, num_examples=len(job.encoded), batch_size=8)
 

@@ -12,7 +12,7 @@ from anyrank import lowrank
 from anyrank.adapter import Adapter, LowRank
 from anyrank.errors import RecordError, UpdateRejected
 from anyrank.federation import Task, Update
-from anyrank.wire import check_norms, check_update, decode, encode, nbytes
+from anyrank.wire import check_norms, check_update, decode, encode, nbytes, product_norms
 from federations import (
     Setup,
     assert_same,
@@ -73,8 +73,37 @@ def test_views_and_transposes_and_shared_tensors_can_be_packed():
     assert not any(tensor.requires_grad for tensor in back["trained"].tensors().values())
 
 
-def test_nbytes_is_the_length_of_the_message():
-    assert nbytes(START) == len(encode({"adapter": START}, {}))
+@given(setups(), st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from(["AB", "A", "B", ""]))
+def test_nbytes_is_the_length_of_what_travels(setup, dtype, factors):
+    spec = spec_of(setup)
+    adapter = random_adapter(spec, plan_for(spec, "ann", max(setup.ranks)).ranks, dtype=dtype)
+    travels = {
+        f"adapter:{name}": tensor
+        for name, tensor in adapter.tensors().items()
+        if name.startswith("dense/") or name[0] in factors
+    }
+    order = {"adapter": [name.partition(":")[2] for name in travels]}
+    metadata = {"anyrank": json.dumps({"header": {}, "order": order}, sort_keys=True)}
+    assert nbytes(adapter, factors) == len(save(travels, metadata=metadata))
+    if factors == "AB":
+        assert nbytes(adapter) == len(encode({"adapter": adapter}, {}))
+
+
+def test_nbytes_tells_names_shapes_and_dtypes_apart():
+    part = low_rank(rank=2, d_in=5, d_out=5, key=("part",))
+    for other in (
+        Adapter({"query": part}),
+        Adapter({"q": part}, {"head": torch.ones(3)}),
+        Adapter({"q": lowrank.truncate(part, 1)}),
+        Adapter({"q": part.map(torch.Tensor.half)}),
+        Adapter({"q": LowRank(part.B.T, part.A.T)}),
+        Adapter({}),
+        Adapter({"größer": part}),
+    ):
+        assert nbytes(other) == len(encode({"adapter": other}, {}))
+
+
+def test_nbytes_is_hardly_more_than_the_numbers():
     numbers = 4 * START.num_parameters
     assert numbers < nbytes(START) < numbers + 2000
     halved = START.map(torch.Tensor.half)
@@ -225,6 +254,11 @@ def test_a_good_update_is_let_in(may_prune):
     check_update(TASK, reply(TASK, START), may_prune=may_prune)
 
 
+def test_large_numbers_whose_sum_overflows_are_let_in():
+    large = TRAINED.map(lambda tensor: torch.full_like(tensor, 3e38))
+    check_update(TASK, reply(TASK, large), may_prune=False)
+
+
 def test_a_rank_below_the_plan_is_for_methods_that_prune():
     check_update(TASK, reply(TASK, at_rank(1)), may_prune=True)
     with pytest.raises(UpdateRejected, match="has rank 1; planned was 2") as caught:
@@ -258,16 +292,26 @@ def test_an_incomplete_or_stale_reply_is_rejected(update, culprit):
 # --- norms --------------------------------------------------------------------------------------------------------
 
 
-def of_norms(**norms):
-    """One update per client, whose only product has the given norm."""
-    return [
-        Update(client, 1, Adapter({"q": LowRank(torch.tensor([[1.0, 0]]), torch.tensor([[norm], [0]]))}), 1, {})
-        for client, norm in norms.items()
-    ]
+def of_norm(norm, layer="q"):
+    """An adapter whose only product has the given norm."""
+    return Adapter({layer: LowRank(torch.tensor([[1.0, 0]]), torch.tensor([[norm], [0]]))})
+
+
+def checked(limit, **adapters):
+    return check_norms({client: product_norms(adapter) for client, adapter in adapters.items()}, limit)
+
+
+@given(setups())
+def test_norms_are_those_of_the_products(setup):
+    adapter = random_adapter(spec_of(setup), plan_for(spec_of(setup), "ann", max(setup.ranks)).ranks)
+    found = product_norms(adapter)
+    assert list(found) == list(adapter.layers)
+    for name, part in adapter.layers.items():
+        assert found[name] == pytest.approx(float(part.product.norm()), rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("norms", "rejected"),
+    ("by_client", "rejected"),
     [
         ({"a": 1.0, "b": 1.0, "c": 10.0}, []),  # exactly at the limit
         ({"a": 1.0, "b": 1.0, "c": 10.5}, ["c"]),
@@ -281,8 +325,8 @@ def of_norms(**norms):
         ({}, []),
     ],
 )
-def test_norms_over_the_limit_times_the_median_are_rejected(norms, rejected):
-    found = check_norms(of_norms(**norms), 10.0)
+def test_norms_over_the_limit_times_the_median_are_rejected(by_client, rejected):
+    found = checked(10.0, **{client: of_norm(norm) for client, norm in by_client.items()})
     assert sorted(found) == rejected
     for client, error in found.items():
         assert (error.client, error.tensor) == (client, "q")
@@ -292,16 +336,15 @@ def test_norms_over_the_limit_times_the_median_are_rejected(norms, rejected):
 @pytest.mark.parametrize("others", [{}, {"b": 1.0}, {"b": 1.0, "c": 1.0}, {"b": 0.0, "c": 0.0}])
 def test_a_norm_that_overflows_is_rejected_whatever_the_others(others):
     # Both factors are finite, their product is not.
-    huge = Update("a", 1, Adapter({"q": LowRank(torch.full((1, 2), 1e30), torch.full((2, 1), 1e30))}), 1, {})
-    found = check_norms([huge, *of_norms(**others)], 10.0)
+    huge = Adapter({"q": LowRank(torch.full((1, 2), 1e30), torch.full((2, 1), 1e30))})
+    found = checked(10.0, a=huge, **{client: of_norm(norm) for client, norm in others.items()})
     assert list(found) == ["a"]
     assert "not finite" in found["a"].reason
 
 
 def test_norms_are_compared_layer_by_layer():
-    def update(client, **norms):
-        layers = {layer: of_norms(x=norm)[0].adapter.layers["q"] for layer, norm in norms.items()}
-        return Update(client, 1, Adapter(layers), 1, {})
+    def adapter(q, v):
+        return Adapter({**of_norm(q, "q").layers, **of_norm(v, "v").layers})
 
-    found = check_norms([update("a", q=1.0, v=100.0), update("b", q=1.0, v=100.0), update("c", q=50.0, v=100.0)], 10.0)
+    found = checked(10.0, a=adapter(1.0, 100.0), b=adapter(1.0, 100.0), c=adapter(50.0, 100.0))
     assert {client: error.tensor for client, error in found.items()} == {"c": "q"}

@@ -100,7 +100,6 @@ def recipe_toml(model: Path, reviews: Path, *, method: str = "hlora") -> str:
     """A recipe that runs in a second or two."""
     return f"""
 rounds = 3
-threads = 1
 [method]
 name = "{method}"
 [model]
@@ -126,4 +125,6 @@ rank = 1
 [fleet.classes.strong]
 device = "laptop"
 rank = 4
+[compute]
+threads = 1
 """

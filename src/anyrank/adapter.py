@@ -4,15 +4,17 @@ An adapted layer computes `W x + scale * B (A x)`. `scale` is one number for the
 adapter carries it. A client's rank is `A.shape[0]`; its depth is which layers are present.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from anyrank.errors import ShapeError
 
-__all__ = ["CHANGE", "GATE", "LOG_TAU", "MAGNITUDE", "NOTHING", "Adapter", "LowRank"]
+__all__ = ["CHANGE", "GATE", "LOG_TAU", "MAGNITUDE", "NOTHING", "Adapter", "LowRank", "Stack"]
 
 MAGNITUDE, CHANGE, GATE, LOG_TAU = ".magnitude", ".change", ".gate", ".log_tau"
 """After a layer's name, the dense tensors that it may have of its own: norms of its rows; a change of its whole weight; a gate
@@ -114,3 +116,29 @@ class Adapter:
 
 NOTHING = Adapter({})
 """An adapter that changes nothing and trains nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """The adapters of several clients side by side, as batched products take them; smaller ranks end in zero slots.
+
+    Args:
+        A: down projections by layer, `[clients, r, d_in]`.
+        B: up projections by layer, `[clients, d_out, r]`.
+        dense: whole tensors by parameter name, `[clients, ...]`.
+    """
+
+    A: Mapping[str, Float[Tensor, "c r i"]]
+    B: Mapping[str, Float[Tensor, "c o r"]]
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def of(adapters: Sequence[Adapter]) -> "Stack":
+        """Stack adapters that have the same layers and dense tensors."""
+        A, B = {}, {}
+        for name in adapters[0].layers:
+            parts = [adapter.layers[name] for adapter in adapters]
+            most = max(part.rank for part in parts)
+            A[name] = torch.stack([F.pad(part.A, (0, 0, 0, most - part.rank)) for part in parts])
+            B[name] = torch.stack([F.pad(part.B, (0, most - part.rank)) for part in parts])
+        return Stack(A, B, {name: torch.stack([a.dense[name] for a in adapters]) for name in adapters[0].dense})

@@ -17,11 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from anyrank import config, data, hf, lowrank
 from anyrank.adapter import Adapter
 from anyrank.clock import Clock
+from anyrank.compute import devices
 from anyrank.config import Recipe
 from anyrank.device import compute_seconds, memory_bytes, undisturbed
 from anyrank.engine import Evaluation, Federation, Progress, begin, rounds
@@ -29,11 +31,12 @@ from anyrank.errors import ConfigError, RecordError, RoundFailed
 from anyrank.federation import Device, Failure, Plan, Update, make_task
 from anyrank.job import CHOICES, Job, load_recipe, prepare, with_baseline
 from anyrank.memory import Memory, folder_name
+from anyrank.prefix import Prefix, possible
 from anyrank.pretrained import Pretrained
 from anyrank.record import RunFolder
 from anyrank.seeding import generator
 from anyrank.train import evaluate
-from anyrank.transport import InProcess
+from anyrank.transport import InProcess, Transport, Workers
 from anyrank.wire import bytes_down, nbytes
 
 __all__ = ["Demand", "Observer", "check", "export", "load_recipe", "resume", "run"]
@@ -76,8 +79,6 @@ def run(recipe: Recipe, out: Path, *, observer: Observer | None = None, command:
         RoundFailed: a round without a valid update; the checkpoint before it is kept.
     """
     RunFolder.check_free(out)
-    # Results depend on the number of threads: it is settled once, and a resumed run uses it again.
-    recipe = recipe.model_copy(update={"threads": recipe.threads or torch.get_num_threads()})
     job = prepare(recipe)
     folder = RunFolder.create(out, _info(job, command))
     _play(job, folder, observer or Observer())
@@ -145,13 +146,13 @@ def _check_same(job: Job, folder: RunFolder) -> None:
 
 def _play(job: Job, folder: RunFolder, observer: Observer) -> None:
     progress = folder.load(job.spec, job.cohort.fleet, target=job.recipe.evaluate.target)
-    federation = _federation(job, folder, observer)
-    progress = progress or begin(federation, job.method.init(job.spec), job.cohort.fleet)
-    observer.started(job, folder, progress)
-    if progress.state.round < job.cohort.rounds:
-        for result in ("adapter", "clients"):  # of a run that is extended: old as soon as it goes on
-            shutil.rmtree(folder.path / result, ignore_errors=True)
-    with _deterministic():
+    with _deterministic(), _transport(job, folder, observer) as transport:
+        federation = _federation(job, transport, observer)
+        progress = progress or begin(federation, job.method.init(job.spec), job.cohort.fleet)
+        observer.started(job, folder, progress)
+        if progress.state.round < job.cohort.rounds:
+            for result in ("adapter", "clients"):  # of a run that is extended: old as soon as it goes on
+                shutil.rmtree(folder.path / result, ignore_errors=True)
         began = time.perf_counter()
         for progress in rounds(federation, progress):  # noqa: B020 - the last one is the result
             folder.save(progress, real_seconds=time.perf_counter() - began)
@@ -160,22 +161,67 @@ def _play(job: Job, folder: RunFolder, observer: Observer) -> None:
     _save_adapters(job, folder, progress)
 
 
-def _federation(job: Job, folder: RunFolder, observer: Observer) -> Federation:
+@contextlib.contextmanager
+def _transport(job: Job, folder: RunFolder, observer: Observer) -> Iterator[Transport]:
+    """The clients: in this process, or in others that are forked from it before its model goes to a GPU."""
+    compute, where = job.recipe.compute, devices()
+    inner = InProcess(
+        model=job.model,
+        method=job.method,
+        training=job.training,
+        data=job.encoded,
+        shards=job.cohort.shards,
+        test=job.test,
+        held_out=job.recipe.data.held_out,
+        seed=job.recipe.seed,
+        memory=Memory(folder.path / "memory"),
+        cohort=compute.cohort or 1,
+        prefix=_prefix(job, folder, observer),
+    )
+    count = min(compute.workers or 1, job.cohort.per_round)
+    with contextlib.ExitStack() as stack:
+        transport = inner
+        if count > 1:
+            threads = max(1, (compute.threads or 1) // count)
+            transport = stack.enter_context(Workers(inner, count=count, threads=threads, devices=where))
+        job.model.model.to(where[0])
+        yield transport
+
+
+def _prefix(job: Job, folder: RunFolder, observer: Observer) -> Prefix | None:
+    """What clients keep of passes through blocks in which they apply nothing, where there can be such blocks."""
+    compute, on_cpu = job.recipe.compute, devices()[0].type == "cpu"
+    chosen = (
+        (compute.memory_gb or 0) / 4 if on_cpu else 0
+    )  # a GPU may pass a small block sooner than it is sent its states
+    in_memory = int(1e9 * (chosen if compute.prefix_cache_gb is None else compute.prefix_cache_gb))
+    if not in_memory or not possible(job.method, job.spec.layers):
+        return None
+    prefix = Prefix.of(
+        job.model,
+        job.training,
+        layers=job.spec.layers,
+        data=job.encoded,
+        lengths=np.asarray(job.encoded["length"]),
+        shards=job.cohort.shards,
+        per_round=job.cohort.per_round,
+        in_memory=in_memory,
+        folder=folder.path,
+    )
+    if prefix is None:
+        observer.noticed(
+            "what is below the adapters is computed at every step: passes of this model cannot begin at a block, or "
+            "lora.modules_to_save trains something that comes before its blocks"
+        )
+    return prefix
+
+
+def _federation(job: Job, transport: Transport, observer: Observer) -> Federation:
     recipe = job.recipe
     return Federation(
         method=job.method,
         topology=job.topology,
-        transport=InProcess(
-            model=job.model,
-            method=job.method,
-            training=job.training,
-            data=job.encoded,
-            shards=job.cohort.shards,
-            test=job.test,
-            held_out=recipe.data.held_out,
-            seed=recipe.seed,
-            memory=Memory(folder.path / "memory"),
-        ),
+        transport=transport,
         clock=_clock(recipe),
         score=lambda adapter: evaluate(job.model, adapter, job.test, training=job.training),
         per_round=job.cohort.per_round,

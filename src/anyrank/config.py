@@ -18,7 +18,7 @@ from anyrank.clock import Change
 from anyrank.errors import ConfigError
 from anyrank.federation import Profile
 
-__all__ = ["Baseline", "Choices", "Recipe", "load", "parse_overrides", "resolve"]
+__all__ = ["Baseline", "Choices", "ComputeTable", "Recipe", "load", "parse_overrides", "resolve"]
 
 Baseline = Literal["centralised", "local_only", "homogeneous_smallest", "homogeneous_largest", "strong_only"]
 
@@ -43,6 +43,7 @@ class ModelTable(_Table):
     """`[model]`: the base model."""
 
     name: str = Field(min_length=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class DataTable(_Table):
@@ -74,6 +75,8 @@ class TrainTable(_Table):
     batch_size: Count = 16
     epochs: Count | None = None
     steps: Count | None = None
+    max_grad_norm: Positive | None = None
+    group_by_length: bool = False
     prox_mu: Annotated[Number, Field(ge=0)] = 0.0
 
     @model_validator(mode="after")
@@ -117,6 +120,16 @@ class ClockTable(_Table):
     changes: list[Change] = []
 
 
+class ComputeTable(_Table):
+    """`[compute]`: how this machine does the work. What is left out is settled when a run starts, and noted with it."""
+
+    threads: Count | None = None
+    workers: Count | None = None
+    cohort: Count | None = None
+    memory_gb: Positive | None = None
+    prefix_cache_gb: Annotated[Number, Field(ge=0)] | None = None
+
+
 class EvaluateTable(_Table):
     """`[evaluate]`: when what is scored."""
 
@@ -137,7 +150,6 @@ class Recipe(_Table):
 
     seed: Annotated[Whole, Field(ge=0)] = 0
     rounds: Count
-    threads: Count | None = None
     baseline: Baseline | None = None
     compare: list[Baseline] = []
     method: dict[str, Any]
@@ -153,6 +165,7 @@ class Recipe(_Table):
     fleet: FleetTable
     devices: dict[str, Profile] = {}
     clock: ClockTable = ClockTable()
+    compute: ComputeTable = ComputeTable()
     evaluate: EvaluateTable = EvaluateTable()
 
 

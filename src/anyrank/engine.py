@@ -1,11 +1,14 @@
 """The one round loop. It knows no method by name: it moves tasks out, updates in, and the state one round on.
 
 sample -> topology (assign, dispatch -> ask -> aggregate, dense tensors, server step) -> evaluate -> Progress
-ask:   clock (who drops out or is late is not trained, or later) -> transport -> sort, validate
+ask:   clock (who drops out or is late is not trained, or later) -> transport -> validate, spool -> sort
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
+from math import fsum
+from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any, Literal
 
@@ -16,14 +19,16 @@ from anyrank.device import compute_seconds, undisturbed
 from anyrank.errors import RoundFailed, UpdateRejected
 from anyrank.federation import Device, Failure, Method, Plan, State, Task, Times, Update, make_task
 from anyrank.seeding import numpy_generator
+from anyrank.spool import Spool, in_memory
 from anyrank.topology import Asked, Topology
 from anyrank.train import Score
 from anyrank.transport import Transport
-from anyrank.wire import bytes_down, bytes_up, check_norms, check_update, completed, nbytes
+from anyrank.wire import bytes_down, bytes_up, check_norms, check_update, completed, nbytes, product_norms
 
 __all__ = ["Evaluation", "Federation", "Late", "Progress", "begin", "rounds", "sample"]
 
 _RHO = 0.8  # weight of the past in the moving averages of a device's times
+_TOGETHER = 1000  # evaluations that are asked for at once: ten thousand tasks take 160 MB with all-MiniLM-L6-v2
 
 Fleet = Mapping[str, Device]
 
@@ -61,6 +66,7 @@ class Federation:
         evaluation: when to score what.
         seed: of the run.
         notify: called for every reply as it arrives.
+        disk: a folder on the disk to which updates go that are too many for memory; None takes the system's temporary one.
     """
 
     method: Method
@@ -74,6 +80,7 @@ class Federation:
     evaluation: Evaluation
     seed: int
     notify: Callable[[Update | Failure], None] = lambda reply: None
+    disk: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,10 +149,13 @@ def sample(fleet: Fleet, *, per_round: int, seed: int, round: int) -> list[Devic
 def _play(federation: Federation, progress: Progress) -> Progress:
     number = progress.state.round + 1
     busy = {late.task.plan.client for late in progress.late}
-    free = {client: device for client, device in progress.fleet.items() if client not in busy}
+    free = {c: device for c, device in progress.fleet.items() if c not in busy} if busy else progress.fleet
     sampled = sample(free, per_round=federation.per_round, seed=federation.seed, round=number)
-    round = _Round(federation, progress)
-    state, peers, took = federation.topology.play(federation.method, progress.state, progress.peers, sampled, round)
+    with Spool(federation.disk) as spool:
+        round = _Round(federation, progress, spool)
+        state, peers, took = federation.topology.play(federation.method, progress.state, progress.peers, sampled, round)
+        if spool.used:  # a method may keep what a client returned
+            state, peers = _read(state), {client: _read(peer) for client, peer in peers.items()}
     if not round.inbox:
         reasons = "; ".join(f"{f.client} ({f.stage}: {f.reason})" for f in round.failures)
         if not round.tasks:
@@ -172,14 +182,39 @@ def _play(federation: Federation, progress: Progress) -> Progress:
     return replace(after, record=record)
 
 
+def _read(state: State) -> State:
+    """The state without anything on disk."""
+    folds = tuple(replace(fold, adapter=in_memory(fold.adapter)) for fold in state.folds)
+    extra = {name: in_memory(adapter) for name, adapter in state.extra.items()}
+    return replace(state, adapter=in_memory(state.adapter), folds=folds, extra=extra)
+
+
 # --- asking clients -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Received:
+    """A valid update to a task, and what was worked out while its tensors were in memory.
+
+    Args:
+        task: what was asked.
+        update: what came back.
+        nbytes: what of it travelled.
+        norms: of its products, by layer.
+    """
+
+    task: Task
+    update: Update
+    nbytes: int
+    norms: Mapping[str, float]
 
 
 class _Round:
     """One round's exchanges with clients: carries them out, and keeps the books."""
 
-    def __init__(self, federation: Federation, progress: Progress):
-        self.federation, self.fleet, self.spec = federation, progress.fleet, progress.state.spec
+    def __init__(self, federation: Federation, progress: Progress, spool: Spool):
+        self.federation, self.spool = federation, spool
+        self.fleet, self.spec = progress.fleet, progress.state.spec
         self.number, self.seed = progress.state.round + 1, federation.seed
         self.tasks: list[Task] = []
         self.inbox: list[tuple[Task, Update]] = []
@@ -200,12 +235,13 @@ class _Round:
         if late:
             arrivals, due, until = self._wait(tasks, arrivals, shares, until)
         shares |= {come.task.plan.client: come.weight for come in due}
-        inbox, failures = _collect(self.federation, [*tasks, *(come.task for come in due)], arrivals)
+        received, failures = self._collect([*tasks, *(come.task for come in due)], arrivals)
         if neighbours is None:
-            self.carry(sum(bytes_down(task) for task in tasks), sum(bytes_up(task, update) for task, update in inbox))
+            self.carry(sum(bytes_down(task) for task in tasks), sum(each.nbytes for each in received))
         else:
-            sent = sum(bytes_up(task, update) * len(neighbours[update.client]) for task, update in inbox)
+            sent = sum(each.nbytes * len(neighbours[each.update.client]) for each in received)
             self.carry(sent, sent)
+        inbox = [(each.task, each.update) for each in received]
         self.tasks += tasks
         self.inbox += inbox
         self.failures += failures
@@ -259,6 +295,41 @@ class _Round:
             workloads.append(Workload(device.client, device.kind, seconds, down, up, device.profile))
         return self.federation.clock.arrivals(workloads, self.number) if tasks else []
 
+    def _collect(self, tasks: Sequence[Task], arrivals: Sequence[Arrival]) -> tuple[list[_Received], list[Failure]]:
+        """Run the tasks that arrive in time; the valid updates and who failed why, each in the order of the tasks."""
+        by_client = {task.plan.client: task for task in tasks}
+        replies: dict[str, _Received | Failure] = {
+            late.client: Failure(late.client, by_client[late.client].round, late.outcome, f"after {late.seconds:.3g} s")
+            for late in arrivals
+            if late.outcome != "in time"
+        }
+        expected = {client: task for client, task in by_client.items() if client not in replies}
+        for reply in self.federation.transport.run(list(expected.values())):
+            self.federation.notify(reply)
+            if reply.client in expected:
+                replies[reply.client] = self._received(expected[reply.client], reply)
+        for client in expected.keys() - replies.keys():
+            replies[client] = Failure(client, by_client[client].round, "dropped", "sent no reply")
+        norms = {client: r.norms for client in by_client if isinstance(r := replies[client], _Received)}
+        for client, error in check_norms(norms, self.federation.norm_limit).items():
+            replies[client] = _rejection(by_client[client], error)
+        ordered = [replies[client] for client in by_client]
+        return [r for r in ordered if isinstance(r, _Received)], [r for r in ordered if isinstance(r, Failure)]
+
+    def _received(self, task: Task, reply: Update | Failure) -> _Received | Failure:
+        """A reply checked and completed, and out of the way."""
+        if isinstance(reply, Failure):
+            return reply
+        try:
+            check_update(task, reply, may_prune=self.federation.method.claims.prunes)
+        except UpdateRejected as error:
+            return _rejection(task, error)
+        update = completed(task, reply)
+        if update.adapter is None:
+            return _Received(task, update, 0, {})
+        stored = replace(update, adapter=self.spool.keep(update.adapter))
+        return _Received(task, stored, bytes_up(task, update), product_norms(update.adapter))
+
     def learned(self) -> dict[str, Device]:
         """What the round taught about the devices: ranks that shrank, folds they now hold, measured times."""
         fleet = {}
@@ -301,42 +372,6 @@ class _Round:
         }
 
 
-def _collect(
-    federation: Federation, tasks: Sequence[Task], arrivals: Sequence[Arrival]
-) -> tuple[list[tuple[Task, Update]], list[Failure]]:
-    """Run the tasks that arrive in time; return the valid updates in the order of the tasks, and who failed why."""
-    by_client = {task.plan.client: task for task in tasks}
-    replies: dict[str, Update | Failure] = {
-        late.client: Failure(late.client, by_client[late.client].round, late.outcome, f"after {late.seconds:.3g} s")
-        for late in arrivals
-        if late.outcome != "in time"
-    }
-    expected = {client: task for client, task in by_client.items() if client not in replies}
-    for reply in federation.transport.run(list(expected.values())):
-        federation.notify(reply)
-        if reply.client in expected:
-            replies[reply.client] = _checked(federation.method, expected[reply.client], reply)
-    for client in expected.keys() - replies.keys():
-        replies[client] = Failure(client, by_client[client].round, "dropped", "sent no reply")
-    updates = [reply for client in by_client if isinstance(reply := replies[client], Update)]
-    for client, error in check_norms(updates, federation.norm_limit).items():
-        replies[client] = _rejection(by_client[client], error)
-    inbox: list[tuple[Task, Update]] = [
-        (task, reply) for task in tasks if isinstance(reply := replies[task.plan.client], Update)
-    ]
-    return inbox, [reply for client in by_client if isinstance(reply := replies[client], Failure)]
-
-
-def _checked(method: Method, task: Task, reply: Update | Failure) -> Update | Failure:
-    if isinstance(reply, Failure):
-        return reply
-    try:
-        check_update(task, reply, may_prune=method.claims.prunes)
-    except UpdateRejected as error:
-        return _rejection(task, error)
-    return completed(task, reply)
-
-
 def _rejection(task: Task, error: UpdateRejected) -> Failure:
     return Failure(error.client, task.round, "rejected", f"{error.tensor}: {error.reason}")
 
@@ -356,21 +391,25 @@ def _evaluate(federation: Federation, progress: Progress, members: Sequence[Devi
     by_class = None
     if not (method.claims.personal or progress.peers) and (last or plan.classes == "always"):
         by_class = _class_accuracy(federation, state, list(fleet.values()), scores[0].accuracy)
-    tasks = _evaluations(method, progress, list(fleet.values()) if last else members, "evaluate")
+    own = _replies(federation, progress, list(fleet.values()) if last else members, "evaluate")
     return {
         "accuracy": accuracy,
         "loss": fmean(score.loss for score in scores) if scores else None,
         "class_accuracy": by_class,
-        "federated": _federated(federation, tasks),
+        "federated": _federated(own),
     }
 
 
-def _evaluations(
-    method: Method, progress: Progress, devices: Sequence[Device], kind: Literal["evaluate", "test"]
-) -> list[Task]:
+def _replies(
+    federation: Federation, progress: Progress, devices: Sequence[Device], kind: Literal["evaluate", "test"]
+) -> Iterator[Update]:
+    """The clients' answers to evaluations, in any order; of a large fleet some clients after others."""
     own = [(progress.peers[device.client], [device]) for device in devices] if progress.peers else []
     asked = own or [(progress.state, devices)]
-    return [make_task(method, state, plan, kind=kind) for state, some in asked for plan in method.assign(state, some)]
+    plans = ((state, plan) for state, some in asked for plan in federation.method.assign(state, some))
+    while some := list(islice(plans, _TOGETHER)):
+        tasks = [make_task(federation.method, state, plan, kind=kind) for state, plan in some]
+        yield from (reply for reply in federation.transport.run(tasks) if isinstance(reply, Update))
 
 
 def _judge(federation: Federation, progress: Progress, devices: Sequence[Device]) -> list[Score]:
@@ -379,12 +418,8 @@ def _judge(federation: Federation, progress: Progress, devices: Sequence[Device]
     Clients' own models are scored where they are, which only a simulation can ask for.
     """
     if federation.method.claims.personal:
-        replies = federation.transport.run(_evaluations(federation.method, progress, devices, "test"))
-        return [
-            Score(reply.metrics["loss"], reply.metrics["accuracy"], reply.num_examples)
-            for reply in replies
-            if isinstance(reply, Update)
-        ]
+        replies = _replies(federation, progress, devices, "test")
+        return [Score(reply.metrics["loss"], reply.metrics["accuracy"], reply.num_examples) for reply in replies]
     if progress.peers:
         return [federation.score(progress.peers[device.client].whole) for device in devices]
     return [federation.score(progress.state.whole)]
@@ -392,9 +427,9 @@ def _judge(federation: Federation, progress: Progress, devices: Sequence[Device]
 
 def _class_accuracy(federation: Federation, state: State, fleet: Sequence[Device], whole: float) -> dict[str, float]:
     """Accuracy of what clients of each rank are sent, by rank; at the full rank that is the whole adapter's."""
-    one_of_each = {device.rank: device for device in sorted(fleet, key=lambda device: device.rank)}
+    one_of_each = {device.rank: device for device in fleet}
     accuracy = {}
-    for device in one_of_each.values():
+    for _, device in sorted(one_of_each.items()):
         for plan in federation.method.assign(state, [device]):
             at_full_rank = plan.ranks == state.adapter.ranks and plan.scale == 1
             accuracy[str(device.rank)] = (
@@ -410,15 +445,15 @@ def _applied(method: Method, state: State, plan: Plan) -> Adapter:
     return Adapter(lowrank.together([start, task.applied]).layers, task.start.dense)
 
 
-def _federated(federation: Federation, tasks: Sequence[Task]) -> dict[str, float] | None:
+def _federated(replies: Iterable[Update]) -> dict[str, float] | None:
     """The clients' own scores: the mean weighted by examples, and the spread over clients."""
-    updates = [r for r in federation.transport.run(tasks) if isinstance(r, Update) and r.num_examples]
+    updates = [reply for reply in replies if reply.num_examples]
     if not updates:
         return None
     accuracy = [update.metrics["accuracy"] for update in updates]
     total = sum(update.num_examples for update in updates)
     return {
-        "accuracy": sum(u.metrics["accuracy"] * u.num_examples for u in updates) / total,
+        "accuracy": fsum(u.metrics["accuracy"] * u.num_examples for u in updates) / total,  # the same in any order
         "std": pstdev(accuracy),
         "min": min(accuracy),
         "max": max(accuracy),

@@ -51,6 +51,10 @@ class UpdateRejected(AnyrankError):
         super().__init__(f"client {client}: {tensor}: {reason}")
 
 
+class TransportError(AnyrankError):
+    """Clients that cannot be reached, or whose process ended."""
+
+
 class RecordError(AnyrankError):
     """A run folder that cannot be read, written or continued."""
 

@@ -13,10 +13,11 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import safetensors
@@ -29,7 +30,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from anyrank import lowrank
-from anyrank.adapter import CHANGE, GATE, LOG_TAU, MAGNITUDE, NOTHING, Adapter, LowRank
+from anyrank.adapter import CHANGE, GATE, LOG_TAU, MAGNITUDE, NOTHING, Adapter, LowRank, Stack
 from anyrank.device import transformer_cost
 from anyrank.errors import ConfigError
 from anyrank.federation import Factors, Layer, ModelCost, Weights
@@ -37,7 +38,11 @@ from anyrank.pretrained import Pretrained, resolve
 from anyrank.seeding import seed_of
 
 __all__ = [
+    "BLOCK",
+    "ENTERING",
     "AdaptedModel",
+    "Stem",
+    "entering",
     "factored",
     "load_classifier",
     "load_mixture",
@@ -54,6 +59,10 @@ _SAVED_MAGNITUDE = ".lora_magnitude_vector"  # in a PEFT directory
 _INNER = ("intermediate_size", "hidden_dim", "ffn_dim", "n_inner")  # the width of a feed-forward layer, by model family
 _LINEAR = (nn.Linear, Conv1D)  # the second is GPT-2's: a linear layer whose weight is stored transposed
 _HEADS = ("classifier", "score")  # what transformers calls the head of a sequence classifier
+_NUMBER = re.compile(r"\.(\d+)\.")  # of a block, in the names of what is in it
+ENTERING, BLOCK = "entering", "block"
+"""In a batch, what `entering` makes: hidden states with which a pass begins, and at which block."""
+_NO_INPUTS = ("labels", ENTERING, BLOCK)
 
 
 def load_tokenizer(model: Pretrained) -> transformers.PreTrainedTokenizerBase:
@@ -66,8 +75,12 @@ def load_tokenizer(model: Pretrained) -> transformers.PreTrainedTokenizerBase:
         return transformers.AutoTokenizer.from_pretrained(model.location)
 
 
-def load_classifier(model: Pretrained, *, label_names: Sequence[str], seed: int) -> nn.Module:
-    """A sequence classifier in float32 with a head for `label_names`, the head drawn from `seed` if the model has none.
+def load_classifier(
+    model: Pretrained, *, label_names: Sequence[str], seed: int, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """A sequence classifier with a head for `label_names`, the head drawn from `seed` if the model has none.
+
+    In bfloat16 attention is computed step by step: on a CPU the backward pass of the fused kernel takes four times as long.
 
     Raises:
         ConfigError: there is no such model.
@@ -80,7 +93,8 @@ def load_classifier(model: Pretrained, *, label_names: Sequence[str], seed: int)
             num_labels=len(label_names),
             id2label=id2label,
             label2id={name: i for i, name in id2label.items()},
-            dtype=torch.float32,
+            dtype=dtype,
+            attn_implementation="eager" if dtype == torch.bfloat16 and not torch.cuda.is_available() else None,
             ignore_mismatched_sizes=True,
         ).eval()
 
@@ -128,6 +142,7 @@ class AdaptedModel:
 
     Attributes:
         layers: the adapted layers, input to output.
+        unbatched: why clients cannot be trained together; empty if they can.
         dense: current values of the tensors trained whole, by parameter name, with the adapted layers' own ones.
 
     Raises:
@@ -160,12 +175,22 @@ class AdaptedModel:
         )
         self.model.requires_grad_(False).eval()
         self._modules = {name: self.model.get_submodule(name) for name in names}
+        self._blocks = _Blocks.around(self.model, names)
         self._own = _own(self._modules, weights)
+        self._trained = dict(_owners(self.model, self.modules_to_save))
+        _keep_in_float32(self._trained, self.modules_to_save)
+        self.unbatched = _unbatched(weights, self._trained)
+        self._shared = [*self._trained.values(), *(m for m in self.model.modules() if isinstance(m, _Factor))]
         self._dense = {name: p.requires_grad_(True) for name, p in _saved(self.model, self.modules_to_save)} | self._own
         self.layers = tuple(
             Layer(name, d_in, d_out, block)
             for (name, (d_out, d_in)), block in zip(shapes.items(), _blocks(names, _last_block(model)), strict=True)
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
 
     @property
     def dense(self) -> dict[str, Tensor]:
@@ -189,12 +214,10 @@ class AdaptedModel:
         if self._has_factors:
             for name, module in self._modules.items():
                 part, fixed = adapter.layers.get(name), frozen.layers.get(name)
-                module.set_adapter([_NAME] * bool(part) + [_FROZEN] * bool(fixed))
                 module.scaling[_NAME] = self._scale * scale
-                if part:
-                    self._put(module, _NAME, part, train)
-                if fixed:
-                    self._put(module, _FROZEN, fixed, "")
+                _put(module, part and (self._leaf(part.A, "A" in train), self._leaf(part.B, "B" in train)), fixed)
+        for module in self._trained.values():
+            module.__dict__.pop("forward", None)
         for name, parameter in self._own.items():
             parameter.requires_grad_(name.rpartition(".")[0] in adapter.layers)
         with torch.no_grad():
@@ -203,9 +226,29 @@ class AdaptedModel:
                 parameter.grad = None
         return Adapter({name: self._live(name, part) for name, part in adapter.layers.items()}, dict(self._dense))
 
-    def _put(self, module: Any, adapter: str, part: LowRank, train: Factors) -> None:
-        module.lora_A[adapter].weight = nn.Parameter(part.A.clone(), requires_grad="A" in train)
-        module.lora_B[adapter].weight = nn.Parameter(part.B.clone(), requires_grad="B" in train)
+    def load_together(self, stack: Stack, *, frozen: Adapter | Stack = NOTHING) -> None:
+        """Put the adapters of several clients into the model at once, as `load` does with one.
+
+        A batch then holds the examples of one client after the other.
+
+        Args:
+            stack: what is used, its tensors as they are: whoever calls keeps what is trained.
+            frozen: what is applied besides, the same for all or each client's own.
+        """
+        for name, module in self._modules.items():
+            part = (stack.A[name], stack.B[name]) if name in stack.A else None
+            if isinstance(frozen, Stack):
+                fixed = (frozen.A[name], frozen.B[name]) if name in frozen.A else None
+            else:
+                fixed = frozen.layers.get(name)
+            module.scaling[_NAME] = self._scale
+            _put(module, part, fixed)
+        for owner, module in self._trained.items():
+            own = {name: stack.dense[f"{owner}.{name}"] for name, _ in module.named_parameters(recurse=False)}
+            module.forward = partial(_TOGETHER[type(module)], module, own)
+
+    def _leaf(self, tensor: Tensor, trained: bool) -> Tensor:
+        return tensor.to(self.device, copy=True).requires_grad_(trained)
 
     def _live(self, name: str, part: LowRank) -> LowRank:
         """A layer's factors as the model has them, if it has any."""
@@ -216,9 +259,80 @@ class AdaptedModel:
         """Have the next forward pass use these factors, which may be computed from others that are trained."""
         for name, part in layers.items():
             module = self._modules[name]
-            for linear, factor in ((module.lora_A, part.A), (module.lora_B, part.B)):
-                linear[_NAME]._parameters.pop("weight", None)
-                linear[_NAME].weight = factor
+            module.lora_A[_NAME].weight, module.lora_B[_NAME].weight = part.A, part.B
+
+    def logits(self, batch: Mapping[str, Tensor], parts: Sequence[int] = ()) -> Tensor:
+        """What the model answers, in float32: `[examples, classes]`. Labels are not looked at.
+
+        Args:
+            batch: what the model takes; with what `entering` makes, the blocks below are left out.
+            parts: after `load_together`, how many of the examples are of each client.
+        """
+        for module in self._shared:
+            module.parts = parts
+        if ENTERING not in batch:
+            return self._pass(batch)
+        block = int(batch[BLOCK])
+        assert not any(module._active_adapter for module in self._below(block)), "an adapted block would be left out"
+        with self._blocks.begun_at(block, batch[ENTERING].to(self.device)):
+            return self._pass(batch)
+
+    def _pass(self, batch: Mapping[str, Tensor]) -> Tensor:
+        inputs = {name: tensor.to(self.device) for name, tensor in batch.items() if name not in _NO_INPUTS}
+        return self.model(**inputs).logits.float()
+
+    def _below(self, block: int) -> list[Any]:
+        """The adapted layers in the blocks below one."""
+        numbers = {name: _block_of(name) for name in self._modules}
+        return [self._modules[name] for name, number in numbers.items() if number is not None and number < block]
+
+    @torch.no_grad()
+    def entering(self, batch: Mapping[str, Tensor], block: int) -> Tensor:
+        """The hidden states that enter a block, `[examples, tokens, width]`; adapters below it are switched off.
+
+        Args:
+            batch: what the model takes.
+            block: at most `Stem.blocks`.
+        """
+        for module in self._below(block):
+            _put(module, None, None)
+        with self._blocks.watched(upto=block) as seen, contextlib.suppress(_Entered):
+            self._pass(batch)
+        return seen[block]
+
+    def stem(self, batch: Mapping[str, Tensor]) -> "Stem":
+        """How much of a pass can be left out, found out by trying; the adapter in the model is replaced.
+
+        Args:
+            batch: a few examples, best of different lengths.
+        """
+        if not self._has_factors or not self._blocks.modules or "attention_mask" not in batch:
+            return Stem()
+        outside = {layer.name: layer for layer in self.layers if _block_of(layer.name) is None}
+        tried = {n: LowRank(torch.zeros(1, each.d_in), torch.zeros(each.d_out, 1)) for n, each in outside.items()}
+        self.load(Adapter(tried, self.dense))
+        with self._blocks.watched() as seen:
+            expected = self.logits(batch)
+        # What is trained whole, or adapted outside of the blocks, may come before some of them: it leaves its gradient.
+        untouched = [block for block, hidden in seen.items() if not hidden.requires_grad]
+        if list(seen) != list(range(len(self._blocks.modules))) or 0 not in untouched:
+            return Stem()
+        mask = batch["attention_mask"].bool()
+        for block in untouched[1:]:
+            rows = [hidden[own] for hidden, own in zip(seen[block].detach(), mask, strict=True)]
+            try:
+                got = self.logits({**batch, **entering(rows, block, mask)})
+            except (
+                TypeError,
+                ValueError,
+                LookupError,
+                AttributeError,
+                RuntimeError,
+            ):  # blocks say more than what enters
+                return Stem()
+            if (got - expected).norm() > 10 * torch.finfo(seen[0].dtype).eps * expected.norm():
+                return Stem()
+        return Stem(untouched[-1], seen[0].shape[-1], seen[0].dtype)
 
     def mean_gates(self, attended: Tensor | None = None) -> Tensor:
         """The mean gate of each expert in the last forward pass, over layers and tokens.
@@ -259,6 +373,130 @@ class AdaptedModel:
             tokens=tokens,
             base_bytes=sum(p.numel() * p.element_size() for n, p in self.model.named_parameters() if not _is_added(n)),
         )
+
+
+class Stem(NamedTuple):
+    """What of a model can be left out of a pass whose first blocks are not adapted.
+
+    Attributes:
+        blocks: a pass can begin at every block up to this one; 0 if only at the input.
+        width: of the hidden states between blocks.
+        dtype: of these.
+    """
+
+    blocks: int = 0
+    width: int = 0
+    dtype: torch.dtype = torch.float32
+
+
+def entering(states: Sequence[Tensor], block: int, mask: Tensor) -> dict[str, Tensor]:
+    """What a batch needs besides so that a pass begins at a block.
+
+    Args:
+        states: for each example the hidden states that enter the block, `[tokens, width]`.
+        block: its number.
+        mask: `[examples, tokens]`, zero for padding.
+    """
+    hidden = states[0].new_zeros(*mask.shape, states[0].shape[-1])
+    hidden[mask.bool()] = torch.cat(list(states))
+    return {ENTERING: hidden, BLOCK: torch.tensor(block)}
+
+
+class _Entered(Exception):
+    """Ends a pass at a block."""
+
+
+class _Blocks:
+    """The blocks of a model, which pass hidden states on from one to the next.
+
+    Args:
+        modules: from input to output.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module] = ()):
+        self.modules = list(modules)
+        self._besides: int | None = None  # what blocks return besides hidden states, in a tuple if this is a number
+
+    @staticmethod
+    def around(model: nn.Module, names: Sequence[str]) -> "_Blocks":
+        """The blocks with these layers in them: the members of the one module whose children are numbered in their names."""
+        lists = {name[: match.start()] for name in names if (match := _NUMBER.search(name))}
+        return _Blocks(list(model.get_submodule(lists.pop()).children()) if len(lists) == 1 else ())
+
+    @contextlib.contextmanager
+    def watched(self, upto: int | None = None) -> Iterator[dict[int, Tensor]]:
+        """Note the hidden states that enter each block, and what blocks return; end the pass at a block, if one is named."""
+        seen: dict[int, Tensor] = {}
+
+        def enter(module: nn.Module, inputs: Any, named: Any) -> None:
+            block = self.modules.index(module)
+            seen[block] = inputs[0] if inputs else named["hidden_states"]
+            if block == upto:
+                raise _Entered
+
+        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+            self._besides = len(output) - 1 if isinstance(output, tuple) else None
+
+        with contextlib.ExitStack() as stack:
+            for module in self.modules:
+                stack.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+                stack.enter_context(module.register_forward_hook(leave))
+            yield seen
+
+    @contextlib.contextmanager
+    def begun_at(self, block: int, hidden: Tensor) -> Iterator[None]:
+        """Have passes begin at a block: those below hand on what they get, and it is given these hidden states."""
+
+        def enter(module: nn.Module, inputs: Any, named: Any) -> Any:
+            return ((hidden, *inputs[1:]), named) if inputs else (inputs, {**named, "hidden_states": hidden})
+
+        below = self.modules[:block]
+        with self.modules[block].register_forward_pre_hook(enter, with_kwargs=True):
+            for module in below:
+                module.forward = self._hand_on
+            try:
+                yield
+            finally:
+                for module in below:
+                    del module.forward
+
+    def _hand_on(self, hidden_states: Tensor, *inputs: Any, **named: Any) -> Any:
+        return hidden_states if self._besides is None else (hidden_states, *[None] * self._besides)
+
+
+class _Factor(nn.Module):
+    """A factor in place of PEFT's linear layer, in the dtype of its input: of one client, or a stack of many clients' ones."""
+
+    weight: Tensor
+    parts: Sequence[int] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype)
+        return F.linear(x, weight) if weight.ndim == 2 else _linear_together(self, {"weight": weight}, x)
+
+
+def _linear_together(module: Any, own: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """A linear layer of each client on its own part of the batch."""
+    weight, x = own["weight"], x.to(own["weight"].dtype)
+    if len(set(module.parts)) > 1:
+        each = zip(x.split(list(module.parts)), *(tensor.unbind() for tensor in own.values()), strict=True)
+        return torch.cat([F.linear(*mine) for mine in each])
+    y = x.reshape(len(weight), -1, x.shape[-1]) @ weight.mT
+    y = y + own["bias"][:, None] if "bias" in own else y
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _norm_together(module: Any, own: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """A layer norm of each client on its own part of the batch."""
+    weight = own["weight"]
+    y = F.layer_norm(x.to(weight.dtype), weight.shape[1:], eps=module.eps)
+    sizes = torch.tensor(module.parts, device=x.device)
+    shape = (len(x), *[1] * (x.ndim - 2), -1)
+    weight, *bias = (tensor.repeat_interleave(sizes, dim=0).view(shape) for tensor in own.values())
+    return y * weight + bias[0] if bias else y * weight
+
+
+_TOGETHER: Mapping[type, Callable[..., Tensor]] = {nn.Linear: _linear_together, nn.LayerNorm: _norm_together}
 
 
 class _Changed(nn.Module):
@@ -317,7 +555,24 @@ def _injected(model: Any, names: Sequence[str], scale: float, weights: Weights) 
         warnings.filterwarnings("ignore", message="Already found a `peft_config`|fan_in_fan_out is set to")
         for adapter in [_NAME, _FROZEN] if weights == "lora" else [_NAME]:
             model = peft.inject_adapter_in_model(config, model, adapter_name=adapter)
+            for module in map(model.get_submodule, names):
+                module.lora_A[adapter], module.lora_B[adapter] = _Factor(), _Factor()
+                module.cast_input_dtype_enabled = False  # factors stay in float32 and are cast to a base's smaller type
     return model
+
+
+Factor = tuple[Tensor, Tensor]
+
+
+def _put(module: Any, part: Factor | None, fixed: LowRank | Factor | None) -> None:
+    """Have an adapted layer apply these, `A` and `B` each; what is None is switched off."""
+    module._active_adapter = [_NAME] * bool(part) + [_FROZEN] * bool(fixed)
+    if part:
+        module.lora_A[_NAME].weight, module.lora_B[_NAME].weight = part
+    if fixed:
+        A, B = (fixed.A, fixed.B) if isinstance(fixed, LowRank) else fixed
+        device = module.weight.device
+        module.lora_A[_FROZEN].weight, module.lora_B[_FROZEN].weight = A.to(device), B.to(device)
 
 
 def _mixed(model: Any, names: Sequence[str], scale: float, experts: Sequence[Adapter], tau: float) -> Any:
@@ -338,6 +593,35 @@ def _own(modules: Mapping[str, Any], weights: Weights) -> dict[str, nn.Parameter
         gates = {name + GATE: module.gate for name, module in modules.items()}
         return gates | {name + LOG_TAU: module.log_tau for name, module in modules.items()}
     return {}
+
+
+def _owners(model: nn.Module, saved: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """The modules that hold what is trained whole, by name."""
+    for name, module in model.named_modules():
+        if any(name == owner or name.startswith(owner + ".") for owner in saved) and [
+            *module.parameters(recurse=False)
+        ]:
+            yield name, module
+
+
+def _keep_in_float32(trained: Mapping[str, Any], saved: Sequence[str]) -> None:
+    """In a base of a smaller type: train in float32, and go on in the base's type unless it is the head, which is the end."""
+    for name, module in trained.items():
+        dtype = next(module.parameters(recurse=False)).dtype
+        if dtype == torch.float32:
+            continue
+        module.float()
+        if not isinstance(module, nn.Embedding):
+            module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
+        if not any(part in _HEADS for part in name.split(".")):
+            module.register_forward_hook(lambda module, inputs, output, dtype=dtype: output.to(dtype))
+
+
+def _unbatched(weights: Weights, trained: Mapping[str, Any]) -> str:
+    if weights != "lora":
+        return "only the factors of plain LoRA can be stacked"
+    odd = [f"{name} ({type(module).__name__})" for name, module in trained.items() if type(module) not in _TOGETHER]
+    return f"there is no stacked form of {', '.join(odd)}" if odd else ""
 
 
 def _is_added(name: str) -> bool:
@@ -422,7 +706,7 @@ def _saved(model: nn.Module, modules: Sequence[str]) -> Iterator[tuple[str, nn.P
 
 
 def _block_of(name: str) -> int | None:
-    number = re.search(r"\.(\d+)\.", name)
+    number = _NUMBER.search(name)
     return int(number[1]) if number else None
 
 

@@ -16,10 +16,12 @@ from anyrank import config, data, hf
 from anyrank.adapter import Adapter
 from anyrank.allocate import RANK_POLICIES, Candidate, deal_classes, ordered
 from anyrank.baselines import BASELINES, Cohort
+from anyrank.compute import settled
 from anyrank.config import Baseline, Choices, Recipe
 from anyrank.device import PROFILES, too_small
 from anyrank.errors import ConfigError
 from anyrank.federation import Device, Local, Method, Plan, Profile, Spec
+from anyrank.fused import why_apart
 from anyrank.hf import AdaptedModel
 from anyrank.local import LOCALS
 from anyrank.methods import METHODS, proximal, server_optimizer
@@ -98,6 +100,8 @@ class Job:
         elif not self.method.claims.mixed_ranks and len(levels) > 1:
             which = "the smallest" if largest == levels[0] else "the largest"
             remarks.append(f"{self.cohort.method} has no mixed ranks: everyone trains at rank {largest}, {which}")
+        if apart := why_apart(self.model, self.training.local):
+            remarks.append(f"clients do not share passes, they train one after another: {apart}")
         idle = self.cohort.fleet.keys() - {plan.client for plan in self.plans}
         if idle:
             remarks.append(
@@ -127,7 +131,6 @@ def prepare(recipe: Recipe) -> Job:
     Raises:
         ConfigError: whatever does not fit, before anything is trained.
     """
-    torch.set_num_threads(recipe.threads or torch.get_num_threads())
     base = resolve(recipe.model.name)
     examples = _load_data(recipe)
     shards = _partition(recipe, examples)
@@ -143,18 +146,31 @@ def prepare(recipe: Recipe) -> Job:
         weight_decay=recipe.train.weight_decay,
         batch_size=recipe.train.batch_size,
         collate=_Collate(DataCollatorWithPadding(tokenizer)),
+        max_grad_norm=recipe.train.max_grad_norm,
+        group_by_length=recipe.train.group_by_length,
     )
     cohort = _cohort(recipe, _fleet(recipe, examples, shards), shards)
     method = _method(recipe, cohort)
     levels = tuple(sorted({device.rank for device in cohort.fleet.values()}))
     cost = model.cost(batch_size=recipe.train.batch_size, tokens=recipe.data.max_length)
+    encoded = encode(examples.train)
+    compute = settled(
+        recipe.compute,
+        cost=cost,
+        dtype=recipe.model.dtype,
+        lengths=encoded["length"],
+        batch_size=recipe.train.batch_size,
+        clients=cohort.per_round,
+        apart=bool(why_apart(model, local)),
+    )
+    torch.set_num_threads(compute.threads or 1)
     spec = Spec(local.layers(model.layers), levels, recipe.lora.scale, recipe.seed, start, cost)
     job = Job(
-        recipe=recipe,
+        recipe=recipe.model_copy(update={"compute": compute}),
         base=base,
         model=model,
         examples=examples,
-        encoded=encode(examples.train),
+        encoded=encoded,
         test=Subset(test, np.argsort(test["length"], kind="stable").tolist()),  # pyright: ignore
         training=training,
         cohort=cohort,
@@ -227,7 +243,8 @@ def _load_model(
     recipe: Recipe, base: Pretrained, examples: data.Labelled, local: Local
 ) -> tuple[AdaptedModel, Adapter]:
     """The model, and the adapter to start from: one that the recipe names, or just the head's first values."""
-    classifier = hf.load_classifier(base, label_names=examples.label_names, seed=recipe.seed)
+    dtype = getattr(torch, recipe.model.dtype)
+    classifier = hf.load_classifier(base, label_names=examples.label_names, seed=recipe.seed, dtype=dtype)
     table = recipe.lora
     model = AdaptedModel(
         classifier,

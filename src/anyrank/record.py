@@ -130,7 +130,9 @@ class RunFolder:
         states = {"": progress.state, **progress.peers}
         header = {
             "round": progress.state.round,
-            "fleet": {client: _learned(device) for client, device in progress.fleet.items()},
+            "clients": len(progress.fleet),
+            # A device without times has never replied, and is as the recipe has it.
+            "fleet": {client: _learned(device) for client, device in progress.fleet.items() if device.times},
             "seconds": progress.seconds,
             "states": [[name, _outline(state)] for name, state in states.items()],
             "late": [_pending(late) for late in progress.late],
@@ -165,7 +167,9 @@ class RunFolder:
             adapters, header = decode(file.read_bytes())
         except RecordError as error:
             raise RecordError(f"{file}: {error}. Start the run anew in another folder.") from error
-        if set(header["fleet"]) != set(fleet):
+        learned = header["fleet"]
+        clients = header.get("clients", len(learned))  # once, every device was in the checkpoint
+        if clients != len(fleet) or not learned.keys() <= fleet.keys():
             raise RecordError(
                 f"{file}: its clients are not those of {self.path / 'run.json'}; the folder was mixed up."
             )
@@ -181,7 +185,7 @@ class RunFolder:
             name: _restored(spec, header["round"], outline, adapters, i)
             for i, (name, outline) in enumerate(header["states"])
         }
-        devices = {client: _reminded(device, header["fleet"][client]) for client, device in fleet.items()}
+        devices = {**fleet, **{client: _reminded(fleet[client], known) for client, known in learned.items()}}
         state = states.pop("")
         late = tuple(_awaited(entry, adapters) for entry in header["late"])
         return Progress(state, devices, states, late, header["seconds"], reached[0] if reached else None)

@@ -1,20 +1,33 @@
-"""What a device does: train an adapter on its own examples, or score one."""
+"""What one device does: train an adapter on its own examples, or score one."""
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from anyrank.adapter import NOTHING, Adapter, LowRank
-from anyrank.federation import Local, Method, Task, Update
-from anyrank.hf import AdaptedModel
-from anyrank.seeding import generator
+from anyrank.federation import Local, Method, Task
+from anyrank.hf import BLOCK, ENTERING, AdaptedModel, entering
 
-__all__ = ["Examples", "Score", "Training", "evaluate", "examples_in", "train", "work"]
+__all__ = [
+    "Batch",
+    "Examples",
+    "Score",
+    "Training",
+    "after_backward",
+    "batches",
+    "collated",
+    "evaluate",
+    "examples_in",
+    "losses",
+    "train",
+]
 
 Batch = Mapping[str, Tensor]
 
@@ -41,6 +54,8 @@ class Training:
         learning_rate: of the optimizer.
         weight_decay: of the optimizer.
         batch_size: examples a step.
+        max_grad_norm: gradients of a step are shrunk to this norm, all of a client's together; None leaves them as they are.
+        group_by_length: put examples of about the same length into a batch; they need a `length`.
         collate: examples to a batch of tensors, padded to the longest of them; `labels` among them.
     """
 
@@ -49,6 +64,8 @@ class Training:
     weight_decay: float
     batch_size: int
     collate: Callable[[list[Any]], Batch]
+    max_grad_norm: float | None = None
+    group_by_length: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,18 +111,20 @@ def train(
         rng: draws the order of the examples, and whatever the way of training draws.
 
     Returns:
-        the trained adapter; the mean loss over the steps (without penalties) and the sums of what was observed.
+        the trained adapter; the mean loss over the steps (without penalties), the examples in them, and the sums of what was
+        observed.
     """
     local, plan = method.local or training.local, task.plan
-    inner = local.enter(start)
+    inner = local.enter(start).map(lambda tensor: tensor.to(model.device))
     live = _live(model, local, task, inner)
     optimizer = local.optimizer(live, training.learning_rate, training.weight_decay)
-    total, observed = 0.0, Counter[str]()
-    for step, batch in enumerate(_batches(data, plan.steps, training, rng)):
+    total, seen, observed = 0.0, 0, Counter[str]()
+    for step, examples in enumerate(batches(data, plan.steps, training, rng)):
+        batch = collated(examples, training)
         if local.form:
             model.form(local.form(live, rng).layers)
-        loss = model.model(**batch).loss
-        total += loss.item()
+        loss = losses(model.logits(batch), batch["labels"]).mean()
+        total, seen = total + loss.item(), seen + len(examples)
         if not math.isfinite(total):
             break  # training has diverged: whoever gets this rejects it by its loss
         objective = loss if method.penalty is None else loss + method.penalty(live, inner)
@@ -115,12 +134,28 @@ def train(
         objective.backward()
         if method.observe:
             observed.update(method.observe(live))
+        after_backward(live, optimizer, step, local=local, max_grad_norm=training.max_grad_norm)
+    trained = live.map(lambda tensor: tensor.detach().to("cpu", copy=True))
+    return local.leave(trained), {"loss": total / max(plan.steps, 1), "examples": float(seen), **observed}
+
+
+def after_backward(
+    live: Adapter, optimizer: Optimizer, step: int, *, local: Local, max_grad_norm: float | None
+) -> None:
+    """The rest of a local step: hooks, clipping, the optimizer."""
+    if local.on_grad:
         local.on_grad(live, step)
-        optimizer.step()
+    if max_grad_norm:
+        nn.utils.clip_grad_norm_(live.tensors().values(), max_grad_norm)
+    optimizer.step()
+    if local.on_step:
         with torch.no_grad():
             local.on_step(live, optimizer, step)
-    trained = live.map(lambda tensor: tensor.detach().clone())
-    return local.leave(trained), {"loss": total / plan.steps, **observed}
+
+
+def losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of each example: cross-entropy."""
+    return F.cross_entropy(logits, labels.to(logits.device), reduction="none")
 
 
 def _live(model: AdaptedModel, local: Local, task: Task, inner: Adapter) -> Adapter:
@@ -140,15 +175,31 @@ def _live(model: AdaptedModel, local: Local, task: Task, inner: Adapter) -> Adap
     return Adapter(layers, {**own, **further})
 
 
-def _batches(data: Examples, steps: int, training: Training, rng: torch.Generator) -> Iterator[Batch]:
+def batches(data: Examples, steps: int, training: Training, rng: torch.Generator) -> Iterator[list[Any]]:
+    """The examples of each local step: epoch after epoch in a new order, the last batch of an epoch maybe smaller."""
+    size = training.batch_size
+    lengths = [data[i]["length"] for i in range(len(data))] if training.group_by_length and steps else []
     done = 0
     while done < steps:
         order = torch.randperm(len(data), generator=rng).tolist()
-        for first in range(0, len(order), training.batch_size):
-            if done == steps:
-                return
-            yield training.collate([data[i] for i in order[first : first + training.batch_size]])
-            done += 1
+        if lengths:
+            order.sort(key=lengths.__getitem__)
+        parts = [order[first : first + size] for first in range(0, len(order), size)]
+        if lengths:
+            parts = [parts[i] for i in torch.randperm(len(parts), generator=rng).tolist()]
+        for part in parts[: steps - done]:
+            yield [data[i] for i in part]
+        done += len(parts)
+
+
+def collated(examples: Sequence[Any], training: Training) -> Batch:
+    """Examples to a batch, with the hidden states that enter a block where all of them bring some along."""
+    states = [example[ENTERING] for example in examples if ENTERING in example]
+    if not states:
+        return training.collate(list(examples))
+    batch = training.collate([{k: v for k, v in example.items() if k not in (ENTERING, BLOCK)} for example in examples])
+    whole = len(states) == len(examples)
+    return {**batch, **entering(states, examples[0][BLOCK], batch["attention_mask"])} if whole else batch
 
 
 def evaluate(
@@ -168,49 +219,7 @@ def evaluate(
     for first in range(0, len(data), size):
         batch = training.collate([data[i] for i in range(first, min(first + size, len(data)))])
         with torch.inference_mode():
-            output, labels = model.model(**batch), batch["labels"]
-        loss += output.loss.item() * len(labels)
-        correct += int((output.logits.argmax(-1) == labels).sum())
+            logits, labels = model.logits(batch), batch["labels"]
+        loss += losses(logits, labels).sum().item()
+        correct += int((logits.argmax(-1).cpu() == labels).sum())
     return Score(loss / len(data), correct / len(data), len(data))
-
-
-def work(
-    model: AdaptedModel,
-    method: Method,
-    task: Task,
-    data: Mapping[str, Examples],
-    *,
-    training: Training,
-    seed: int,
-    kept: Adapter | None = None,
-) -> tuple[Update, Adapter | None]:
-    """The client's half of a round, the same on every transport.
-
-    Args:
-        model: the base model.
-        method: its `enter`, `penalty`, `observe`, `local`, `leave` and `keep` act here.
-        task: what is asked.
-        data: the client's examples by the kind of task that uses them.
-        training: how to train.
-        seed: of the run.
-        kept: what the client kept from its last round.
-
-    Returns:
-        the reply, and what the client keeps from this round, if anything.
-    """
-    client, examples = task.plan.client, data[task.kind]
-    start = method.enter(task.start, kept) if method.enter else task.start
-    if task.kind != "train":
-        if not len(examples):
-            return Update(client, task.round, None, 0, {}), None
-        score = evaluate(model, start, examples, training=training, frozen=task.applied, scale=task.plan.scale)
-        metrics = {"loss": score.loss, "accuracy": score.accuracy}
-        return Update(client, task.round, None, score.num_examples, metrics), None
-    # The key of a client's only task in a round does not name the phase.
-    rng = generator(seed, "batches", task.round, client, *[task.phase] * bool(task.phase))
-    adapter, metrics = train(model, task, start, examples, training=training, method=method, rng=rng)
-    seen = examples_in(task.plan.steps, num_examples=len(examples), batch_size=training.batch_size)
-    update = Update(
-        client, task.round, method.leave(adapter, start), len(examples), {**metrics, "examples": float(seen)}
-    )
-    return update, method.keep(adapter) if method.keep else None

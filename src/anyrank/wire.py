@@ -5,8 +5,9 @@ the same content gives the same bytes.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from math import isfinite
 from statistics import median
 from typing import Any
@@ -20,7 +21,17 @@ from anyrank.adapter import Adapter, LowRank
 from anyrank.errors import RecordError, ShapeError, UpdateRejected
 from anyrank.federation import Factors, Task, Update
 
-__all__ = ["bytes_down", "bytes_up", "check_norms", "check_update", "completed", "decode", "encode", "nbytes"]
+__all__ = [
+    "bytes_down",
+    "bytes_up",
+    "check_norms",
+    "check_update",
+    "completed",
+    "decode",
+    "encode",
+    "nbytes",
+    "product_norms",
+]
 
 _UNREADABLE = (
     safetensors.SafetensorError,
@@ -70,8 +81,15 @@ def decode(packed: bytes) -> tuple[dict[str, Adapter], dict[str, Any]]:
 
 def nbytes(adapter: Adapter, factors: Factors = "AB") -> int:
     """Size of the adapter as a message, header included; only those factors of it that travel, and the dense tensors."""
-    left_out = {"A", "B"} - set(factors)
-    tensors = {name: tensor for name, tensor in adapter.tensors().items() if name.partition("/")[0] not in left_out}
+    left_out = tuple(f"{factor}/" for factor in "AB" if factor not in factors)
+    travels = ((name, t.shape, t.dtype) for name, t in adapter.tensors().items() if not name.startswith(left_out))
+    return _packed_size(tuple(travels))
+
+
+@lru_cache(maxsize=4096)
+def _packed_size(outline: tuple[tuple[str, torch.Size, torch.dtype], ...]) -> int:
+    """Size of a message with tensors of these names, shapes and dtypes: whatever they hold, it is the same."""
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in outline}
     return len(_pack({"adapter": tensors}, {}))
 
 
@@ -120,48 +138,56 @@ def check_update(task: Task, update: Update, *, may_prune: bool) -> None:
     _require(update, "round", update.round == task.round, f"is {update.round}; the task's is {task.round}")
     _require(update, "loss", "loss" in update.metrics, "is missing from the metrics")
     for name, value in update.metrics.items():
-        _require(
-            update,
-            name,
-            value == value and abs(value) != float("inf"),
-            f"is {value}; expected a finite number",
-        )
+        _require(update, name, isfinite(value), f"is {value}; expected a finite number")
     sent, back = task.start.tensors(), update.adapter.tensors() if update.adapter else {}
     for name in [*sent, *(name for name in back if name not in sent)]:
         _require(update, name, name in back, "is missing from the update")
         _require(update, name, name in sent, "was not asked for")
-        _check_tensor(update, name, sent=sent[name], back=back[name], may_prune=may_prune)
+        if fault := _fault(name, sent[name], back[name], may_prune=may_prune):
+            raise UpdateRejected(update.client, name, fault)
 
 
-def _check_tensor(update: Update, name: str, *, sent: torch.Tensor, back: torch.Tensor, may_prune: bool) -> None:
-    _require(update, name, back.dtype == sent.dtype, f"has dtype {back.dtype}; expected {sent.dtype}")
-    slot_axis = {"A": 0, "B": 1}.get(name.partition("/")[0])
+def _fault(name: str, sent: torch.Tensor, back: torch.Tensor, *, may_prune: bool) -> str | None:
+    """What is wrong with a tensor that came back, if anything."""
+    if back.dtype != sent.dtype:
+        return f"has dtype {back.dtype}; expected {sent.dtype}"
     expected = list(sent.shape)
+    slot_axis = {"A": 0, "B": 1}.get(name.partition("/")[0])
     if slot_axis is not None and back.ndim == 2:
         rank, planned = back.shape[slot_axis], sent.shape[slot_axis]
-        _require(update, name, rank <= planned, f"has rank {rank}, above the planned {planned}")
-        _require(
-            update,
-            name,
-            rank == planned or (may_prune and rank > 0),
-            f"has rank {rank}; planned was {planned}",
-        )
+        if rank > planned:
+            return f"has rank {rank}, above the planned {planned}"
+        if rank != planned and not (may_prune and rank > 0):
+            return f"has rank {rank}; planned was {planned}"
         expected[slot_axis] = rank
-    _require(update, name, list(back.shape) == expected, f"has shape {list(back.shape)}; expected {expected}")
-    _require(update, name, bool(torch.isfinite(back).all()), "holds a number that is not finite")
+    if list(back.shape) != expected:
+        return f"has shape {list(back.shape)}; expected {expected}"
+    # A sum is finite only if all its terms are; it may overflow without that, and then every term is looked at.
+    if not isfinite(back.sum()) and not bool(torch.isfinite(back).all()):
+        return "holds a number that is not finite"
+    return None
 
 
-def check_norms(updates: Sequence[Update], limit: float) -> dict[str, UpdateRejected]:
+def product_norms(adapter: Adapter) -> dict[str, float]:
+    """The Frobenius norm of each layer's product, by layer."""
+    return {name: float(lowrank.norm(part)) for name, part in adapter.layers.items()}
+
+
+def check_norms(norms: Mapping[str, Mapping[str, float]], limit: float) -> dict[str, UpdateRejected]:
     """The updates, by client, in which the norm of a layer's product is over `limit` times the round's median.
 
     A norm that overflows is rejected too, whatever the median. In a round of two none can be over twice the median.
+
+    Args:
+        norms: by client, then by layer.
+        limit: the largest multiple of the median that is let in.
     """
-    norms: dict[str, dict[str, float]] = {}
-    for update in updates:
-        for layer, part in update.adapter.layers.items() if update.adapter else ():
-            norms.setdefault(layer, {})[update.client] = float(lowrank.norm(part))
+    by_layer: dict[str, dict[str, float]] = {}
+    for client, of_client in norms.items():
+        for layer, norm in of_client.items():
+            by_layer.setdefault(layer, {})[client] = norm
     rejected = {}
-    for layer, by_client in norms.items():
+    for layer, by_client in by_layer.items():
         middle = median(by_client.values())
         for client, norm in by_client.items():
             if not isfinite(norm):

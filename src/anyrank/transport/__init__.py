@@ -5,8 +5,9 @@ from typing import Protocol, runtime_checkable
 
 from anyrank.federation import Failure, Task, Update
 from anyrank.transport.in_process import InProcess
+from anyrank.transport.workers import Workers
 
-__all__ = ["InProcess", "Transport"]
+__all__ = ["InProcess", "Transport", "Workers"]
 
 
 @runtime_checkable

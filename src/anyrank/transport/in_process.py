@@ -1,17 +1,19 @@
-"""Simulation in this process: one base model in memory, one client after another, adapters swapped in and out."""
+"""Simulation in this process: one base model in memory, adapters swapped in and out, or many at once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch.utils.data import Subset
 
+from anyrank.client import Assignment, Reply, work, work_together
 from anyrank.data import held_out
 from anyrank.federation import Failure, Method, Task, Update
+from anyrank.fused import alike, why_apart
 from anyrank.hf import AdaptedModel
 from anyrank.memory import Memory
-from anyrank.train import Examples, Training, work
+from anyrank.prefix import Prefix
+from anyrank.train import Examples, Training
 
 __all__ = ["InProcess"]
 
@@ -30,6 +32,8 @@ class InProcess:
         held_out: share of each shard that is kept for evaluation.
         seed: of the run.
         memory: what clients keep between rounds.
+        cohort: how many clients train in one pass, where they can; 1 trains one after another.
+        prefix: what is kept of passes through blocks that nobody trains, if anything.
     """
 
     model: AdaptedModel
@@ -41,27 +45,84 @@ class InProcess:
     held_out: float
     seed: int
     memory: Memory
+    cohort: int = 1
+    prefix: Prefix | None = None
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Update | Failure]:
-        """Carry out the tasks in order."""
+        """Carry out the tasks; replies come in any order."""
+        for some in self._groups(tasks):
+            for task, (update, keeps) in self._carry_out(some):
+                if keeps:
+                    self.memory.write(task.plan.client, (task.round, task.phase), keeps)
+                yield update
+
+    def shares(self, tasks: Sequence[Task], count: int) -> list[list[Task]]:
+        """The tasks cut up for several processes, the largest part first. The same tasks give the same shares.
+
+        Those that share passes become `count` parts that take about as long; others give the same wherever they are done.
+        """
+        parts: list[list[Task]] = []
+        for some in self._groups(tasks):
+            parts += _dealt(some, self._cost, count)
+        together = [part for part in parts if part[0].kind == "train"]
+        scored = [part[0] for part in parts if part[0].kind != "train"]
+        parts = together + [scored[i :: 4 * count] for i in range(4 * count)]
+        return sorted(filter(None, parts), key=lambda part: -sum(map(self._cost, part)))
+
+    def _cost(self, task: Task) -> int:
+        """Examples that a task goes through, about."""
+        size = len(self.shards[task.plan.client])
+        return task.plan.steps * min(self.training.batch_size, size) if task.kind == "train" else 1
+
+    def _groups(self, tasks: Sequence[Task]) -> list[list[Task]]:
+        """Tasks that share passes: larger batches first, and more steps, so that they meet their like."""
+        local = self.method.local or self.training.local
+        apart = self.cohort == 1 or bool(why_apart(self.model, local))
+        groups: dict[Hashable, list[Task]] = {}
         for task in tasks:
-            client = task.plan.client
-            parts = held_out(self.shards[client], share=self.held_out, seed=self.seed, client=client)
-            train, evaluate = (Subset(self.data, part.tolist()) for part in parts)  # pyright: ignore[reportArgumentType]
-            data: dict[str, Examples] = {"train": train, "evaluate": evaluate, "test": self.test}
-            kept = None
-            if self.method.keep:
-                kept = self.memory.read(
-                    client, before=(task.round, task.phase) if task.kind == "train" else (task.round + 1, 0)
-                )
-            try:
-                update, keeps = work(
-                    self.model, self.method, task, data, training=self.training, seed=self.seed, kept=kept
-                )
-            except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
-                # Numbers that no decomposition takes: training has diverged.
-                yield Failure(client, task.round, "rejected", f"training: {error}")
-                continue
-            if keeps and all(bool(tensor.isfinite().all()) for tensor in keeps.tensors().values()):
-                self.memory.write(client, (task.round, task.phase), keeps)
-            yield update
+            alone = apart or task.kind != "train" or not task.plan.steps
+            groups.setdefault(id(task) if alone else (alike(task), self._begins(task)), []).append(task)
+        size = self.training.batch_size
+        for some in groups.values():
+            some.sort(key=lambda task: (-min(size, len(self.shards[task.plan.client])), -task.plan.steps))
+        return list(groups.values())
+
+    def _carry_out(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Reply]]:
+        if len(tasks) == 1:
+            yield tasks[0], work(self.model, self.method, self._asked(tasks[0]), training=self.training, seed=self.seed)
+            return
+        by_client = {task.plan.client: task for task in tasks}
+        asked = [self._asked(task) for task in tasks]
+        for reply in work_together(
+            self.model, self.method, asked, training=self.training, seed=self.seed, room=self.cohort
+        ):
+            yield by_client[reply[0].client], reply
+
+    def _begins(self, task: Task) -> int:
+        """The block at which a client's passes begin."""
+        return self.prefix.block(task, num_examples=len(self._parts(task.plan.client)[0])) if self.prefix else 0
+
+    def _parts(self, client: str) -> tuple[np.ndarray, np.ndarray]:
+        return held_out(self.shards[client], share=self.held_out, seed=self.seed, client=client)
+
+    def _asked(self, task: Task) -> Assignment:
+        client = task.plan.client
+        train, evaluate = (Subset(self.data, part.tolist()) for part in self._parts(client))  # pyright: ignore[reportArgumentType]
+        if self.prefix:
+            train = self.prefix.examples(task, train)
+        kept = None
+        if self.method.keep:
+            before = (task.round, task.phase) if task.kind == "train" else (task.round + 1, 0)
+            kept = self.memory.read(client, before=before)
+        return Assignment(task, {"train": train, "evaluate": evaluate, "test": self.test}, kept)
+
+
+def _dealt(tasks: Sequence[Task], cost: Callable[[Task], int], count: int) -> list[list[Task]]:
+    """Each task to whoever has least to do so far, the dearest first."""
+    hands: list[list[Task]] = [[] for _ in range(min(count, len(tasks)))]
+    load = [0] * len(hands)
+    for task in sorted(tasks, key=lambda task: -cost(task)):
+        least = load.index(min(load))
+        hands[least].append(task)
+        load[least] += cost(task)
+    return hands

@@ -1,0 +1,162 @@
+"""Simulation in several processes, forked from this one after the base model is loaded: its memory is shared until written to.
+
+Who works on what does not depend on how long things take: tasks that share passes are dealt out beforehand, in equal shares,
+and a task on its own gives the same result wherever it is done. So the same plan gives the same bytes.
+"""
+
+import contextlib
+import ctypes
+import io
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyrank.errors import TransportError
+from anyrank.federation import Failure, Task, Update
+from anyrank.transport.in_process import InProcess
+
+__all__ = ["Workers"]
+
+_DONE = None  # after the replies to a share
+
+
+@dataclass(frozen=True, eq=False)
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+
+
+class Workers:
+    """A transport that has other processes do the work; a context manager, whose end is theirs.
+
+    Args:
+        inner: what each of them does.
+        count: how many there are.
+        threads: of each.
+        devices: where each has its model, in turn; none leaves it where it is.
+    """
+
+    def __init__(self, inner: InProcess, *, count: int, threads: int, devices: Sequence[torch.device] = ()):
+        """Fork them."""
+        self._inner = inner
+        self._workers = [_fork(inner, threads, devices[i % len(devices)] if devices else None) for i in range(count)]
+
+    def __enter__(self) -> "Workers":
+        """Nothing to do: they run already."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End the processes, whatever they are at."""
+        for worker in self._workers:
+            worker.pipe.close()
+            worker.process.terminate()
+            worker.process.join()
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[Update | Failure]:
+        """Have the tasks carried out; replies come in the order in which they are ready.
+
+        Raises:
+            TransportError: a worker was killed or failed.
+        """
+        shares = self._inner.shares(tasks, len(self._workers))
+        idle, busy = list(self._workers), dict[Connection, tuple[_Worker, Sequence[Task]]]()
+        while shares or busy:
+            while shares and idle:
+                worker, share = idle.pop(0), shares.pop(0)
+                worker.pipe.send_bytes(_dumps(share))
+                busy[worker.pipe] = worker, share
+            for pipe in wait(list(busy)):
+                assert isinstance(pipe, Connection)
+                reply = _received(*busy[pipe])
+                if reply is _DONE:
+                    idle.append(busy.pop(pipe)[0])
+                else:
+                    yield reply
+
+
+def _received(worker: _Worker, share: Sequence[Task]) -> Any:
+    try:
+        reply = pickle.loads(worker.pipe.recv_bytes())
+    except (EOFError, ConnectionResetError) as error:
+        worker.process.join()
+        raise TransportError(
+            f"round {share[0].round}: a worker process ended with exit code {worker.process.exitcode} while it worked for "
+            f"{len(share)} clients; the system kills a process (exit code -9) where memory runs out. Lower "
+            "compute.workers, compute.cohort or train.batch_size, and resume the run."
+        ) from error
+    if isinstance(reply, str):
+        raise TransportError(f"round {share[0].round}: a worker process failed:\n{reply}")
+    return reply
+
+
+def _fork(inner: InProcess, threads: int, device: torch.device | None) -> _Worker:
+    """Start a worker, from a thread of its own: OpenMP's threads belong to the thread that first used them, and do not
+    survive a fork. In one that never used any, the child can start its own."""
+    ours, theirs = multiprocessing.Pipe()
+    assert isinstance(ours, Connection)
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_serve, args=(inner, ours, theirs, threads, device), daemon=True)
+    starter = threading.Thread(target=process.start)
+    starter.start()
+    starter.join()
+    theirs.close()
+    return _Worker(process, ours)
+
+
+def _serve(inner: InProcess, parents: Connection, pipe: Connection, threads: int, device: torch.device | None) -> None:
+    """What a worker does until its pipe closes."""
+    parents.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts the whole group; the parent ends us
+    torch.set_num_threads(threads)
+    _keep_freed_memory()
+    if device:
+        inner.model.model.to(device)
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            share = pickle.loads(pipe.recv_bytes())
+            try:
+                for reply in inner.run(share):
+                    pipe.send_bytes(_dumps(reply))
+                pipe.send_bytes(_dumps(_DONE))
+            except Exception:
+                pipe.send_bytes(_dumps(traceback.format_exc()))
+    os._exit(0)
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library keep what is freed: activations come and go at every step, and new pages cost more than their use."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, (1 << 31) - 1)
+
+
+class _Pickler(pickle.Pickler):
+    """Sends tensors as arrays, which is ten times faster than torch's own way; what is shared in a message stays shared."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, Tensor):
+            return NotImplemented
+        numbers = obj.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return _tensor, (numbers, obj.dtype, tuple(obj.shape))
+
+
+def _tensor(numbers: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(numbers).view(dtype).reshape(shape)
+
+
+def _dumps(content: Any) -> bytes:
+    stream = io.BytesIO()
+    _Pickler(stream, protocol=pickle.HIGHEST_PROTOCOL).dump(content)
+    return stream.getvalue()
