@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-slow check format clean
+.PHONY: help setup demo test test-slow check format bench clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,10 @@ check: .venv/installed  ## Format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
+
+bench: .venv/installed  ## All benchmarks, an hour on two idle cores; the peer that runs on Flower needs the extra anyrank[bench]
+	for name in aggregate simulate scale depth; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	$(BIN)/python benchmarks/tables.py
 
 format: .venv/installed  ## Put the code into its format
 	$(BIN)/ruff format .

@@ -41,7 +41,7 @@ def test_the_longest_of_some_examples_on_average():
 
 
 def test_small_batches_share_passes_and_large_ones_do_not():
-    assert settle().cohort > 4
+    assert 2 < settle().cohort < 10
     assert settle(batch_size=64, lengths=(128,)).cohort == 1
     assert settle(hidden=4096).cohort == 1  # the calls take no time beside the arithmetic
 

@@ -184,7 +184,7 @@ def _transport(job: Job, folder: RunFolder, observer: Observer) -> Iterator[Tran
         if count > 1:
             threads = max(1, (compute.threads or 1) // count)
             transport = stack.enter_context(Workers(inner, count=count, threads=threads, devices=where))
-        job.model.model.to(where[0])
+        job.model.to(where[0])
         yield transport
 
 

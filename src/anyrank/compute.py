@@ -21,7 +21,7 @@ __all__ = ["cohort_of", "devices", "settled"]
 _BLOCK_SECONDS = 2.4e-3
 _FLOPS = {("cpu", "float32"): 8e10, ("cpu", "bfloat16"): 1.6e11, ("cuda", "float32"): 2e13, ("cuda", "bfloat16"): 1e14}
 _WORTH = 0.97  # what passes may cost with others, relative to passes alone, before clients share them
-_NEARLY_BEST = 1.02  # larger cohorts than needed for this only take memory
+_NEARLY_BEST = 1.05  # what a larger cohort would gain beyond this is not worth its memory
 
 
 def devices() -> list[torch.device]:

@@ -143,6 +143,7 @@ class AdaptedModel:
     Attributes:
         layers: the adapted layers, input to output.
         unbatched: why clients cannot be trained together; empty if they can.
+        device: where the model is.
         dense: current values of the tensors trained whole, by parameter name, with the adapted layers' own ones.
 
     Raises:
@@ -174,6 +175,7 @@ class AdaptedModel:
             else _injected(model, names, scale, weights)
         )
         self.model.requires_grad_(False).eval()
+        self.device = next(self.model.parameters()).device
         self._modules = {name: self.model.get_submodule(name) for name in names}
         self._blocks = _Blocks.around(self.model, names)
         self._own = _own(self._modules, weights)
@@ -187,10 +189,10 @@ class AdaptedModel:
             for (name, (d_out, d_in)), block in zip(shapes.items(), _blocks(names, _last_block(model)), strict=True)
         )
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.model.parameters()).device
+    def to(self, device: torch.device) -> None:
+        """Move the model."""
+        self.model.to(device)
+        self.device = device
 
     @property
     def dense(self) -> dict[str, Tensor]:

@@ -305,7 +305,8 @@ def _spectrum_by_grams(part: LowRank, wanted: int) -> _Spectrum:
     there = (square_A > 0) & (square_B > 0)
     ratio = torch.where(there, square_B / square_A, 1.0) ** 0.25
     scale_A, scale_B = ratio * there, there / ratio
-    gram_A, gram_B = gram_A * torch.outer(scale_A, scale_A), gram_B * torch.outer(scale_B, scale_B)
+    gram_A.mul_(torch.outer(scale_A, scale_A))
+    gram_B.mul_(torch.outer(scale_B, scale_B))
     summed = (gram_A.square().sum() * gram_B.square().sum()) ** 0.25
     # With what rounding may have taken from the eigenvalues added, there is a Cholesky factor.
     gram_A.diagonal().add_(torch.where(there, _LIFT * part.rank**0.5 * gram_A.diagonal(), 1.0))
@@ -333,21 +334,22 @@ def _spectrum_by_product(part: LowRank, wanted: int) -> _Spectrum:
 
 
 def _roots(squares: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a positive semi-definite matrix the roots of the largest eigenvalues, their vectors, and the sum of all others."""
-    few = len(squares) >= _LARGE and 0 < wanted <= len(squares) // 8
+    """Of a positive semi-definite matrix, which is lost, the roots of the largest eigenvalues, descending, their vectors,
+    and the sum of all other eigenvalues."""
+    total, few = squares.trace(), len(squares) >= _LARGE and 0 < wanted <= len(squares) // 8
     values, vectors = _few_eigenvectors(squares, wanted) if few else torch.linalg.eigh(squares)
     values = values.flip(0)[:wanted].clamp(min=0)
-    return values.sqrt(), vectors.flip(1)[:, :wanted], (squares.trace() - values.sum()).clamp(min=0)
+    return values.sqrt(), vectors.flip(1)[:, :wanted], (total - values.sum()).clamp(min=0)
 
 
 def _few_eigenvectors(matrix: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
     """Those of the largest eigenvalues alone, which PyTorch does not offer and LAPACK finds in a third of the time."""
     from scipy.linalg import eigh
 
+    last, columns = len(matrix) - 1, matrix.cpu().numpy().T  # in LAPACK's order, so that no copy is made
     with _openblas().limit(limits=1):
-        found = eigh(matrix.cpu().numpy(), subset_by_index=(len(matrix) - wanted, len(matrix) - 1))
-    values, vectors = (torch.from_numpy(each).to(matrix) for each in found)
-    return values, vectors
+        values, vectors = eigh(columns, overwrite_a=True, subset_by_index=(last + 1 - wanted, last))
+    return torch.from_numpy(values).to(matrix), torch.from_numpy(vectors).to(matrix)
 
 
 @cache

@@ -15,6 +15,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -77,7 +78,8 @@ class Store:
                 self._places[client] = _Place(number, count, bool(part), used[part])
                 used[part] += size
         self._memory = mmap.mmap(-1, max(1, used[0]))
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - as long as this process and those forked from it
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed with the store
+        weakref.finalize(self, self._file.close)
         self._file.truncate(max(1, used[1]))
         self._disk = mmap.mmap(self._file.fileno(), 0)
         self._blocks = np.frombuffer(mmap.mmap(-1, 2 * len(tokens) or 1), dtype=np.int16)
@@ -86,7 +88,7 @@ class Store:
         """Whether there is room for a client."""
         return client in self._places
 
-    def states(self, client: str, block: int, *, fill: Callable[[Tensor], None]) -> Tensor | None:
+    def states(self, client: str, block: int, *, fill: Callable[[Tensor], object]) -> Tensor | None:
         """A client's states `[tokens, width]`, kept from before or filled in now; None if there is no disk left for them.
 
         Args:

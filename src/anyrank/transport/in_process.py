@@ -59,20 +59,21 @@ class InProcess:
     def shares(self, tasks: Sequence[Task], count: int) -> list[list[Task]]:
         """The tasks cut up for several processes, the largest part first. The same tasks give the same shares.
 
-        Those that share passes become `count` parts that take about as long; others give the same wherever they are done.
+        Those that share passes become `count` parts that take about as long. The others give the same wherever they are done,
+        and become smaller parts, for whoever is free.
         """
-        parts: list[list[Task]] = []
-        for some in self._groups(tasks):
-            parts += _dealt(some, self._cost, count)
-        together = [part for part in parts if part[0].kind == "train"]
-        scored = [part[0] for part in parts if part[0].kind != "train"]
-        parts = together + [scored[i :: 4 * count] for i in range(4 * count)]
-        return sorted(filter(None, parts), key=lambda part: -sum(map(self._cost, part)))
+        groups = self._groups(tasks)
+        single = [task for some in groups if len(some) == 1 for task in some]
+        parts = _dealt(single, self._cost, 8 * count)
+        for some in groups:
+            if len(some) > 1:
+                parts += _dealt(some, self._cost, count)
+        return sorted(parts, key=lambda part: -sum(map(self._cost, part)))
 
     def _cost(self, task: Task) -> int:
         """Examples that a task goes through, about."""
         size = len(self.shards[task.plan.client])
-        return task.plan.steps * min(self.training.batch_size, size) if task.kind == "train" else 1
+        return 1 + task.plan.steps * min(self.training.batch_size, size) if task.kind == "train" else 1
 
     def _groups(self, tasks: Sequence[Task]) -> list[list[Task]]:
         """Tasks that share passes: larger batches first, and more steps, so that they meet their like."""
