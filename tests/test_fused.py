@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.optim import AdamW, Optimizer
 
 from anyrank import hf
 from anyrank.adapter import Adapter, LowRank, Stack
@@ -13,6 +14,7 @@ from anyrank.federation import Failure, State, Task, Update, make_task
 from anyrank.fused import why_apart
 from anyrank.job import Job, load_recipe, prepare
 from anyrank.local import LOCALS
+from anyrank.local.lora import trained
 from anyrank.memory import Memory
 from anyrank.methods import METHODS
 from anyrank.topology import reduce
@@ -97,6 +99,15 @@ def test_every_way_of_training_is_alike_in_one_pass(recipe, name, tmp_path):
     }
     state = state.with_layers(layers)
     compare(job, alone, together, rounds=1, state=state, tolerance=0.02 if name == "lora_rite" else 1e-5)
+
+
+def test_an_optimizer_of_the_users_own_is_used_as_it_is(recipe, tmp_path):
+    def quick(live: Adapter, learning_rate: float, weight_decay: float) -> Optimizer:
+        return AdamW(trained(live), lr=learning_rate, weight_decay=weight_decay, betas=(0.5, 0.6), amsgrad=True)
+
+    job = job_of(recipe, "rbla")
+    training = replace(job.training, local=job.training.local._replace(optimizer=quick))
+    compare(job, *(transport(job, tmp_path, cohort=cohort, training=training) for cohort in (1, 4)), rounds=1)
 
 
 @pytest.mark.parametrize("room", [2, 3, 6])

@@ -43,6 +43,11 @@ FAMILIES = {
         transformers.LlamaConfig,
         {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48},
     ),
+    "electra": (  # a linear layer before the blocks
+        transformers.ElectraForSequenceClassification,
+        transformers.ElectraConfig,
+        {**BERT, "num_hidden_layers": 3, "embedding_size": 16},
+    ),
     "albert": (  # its layers are one block, used three times
         transformers.AlbertForSequenceClassification,
         transformers.AlbertConfig,
@@ -129,6 +134,13 @@ def test_where_blocks_do_not_follow_each_other_passes_begin_at_the_input(family)
     assert adapted(family).stem(batch_of([4, 7])).blocks == 0
 
 
+def test_where_a_block_is_not_passed_passes_begin_at_the_input():
+    model = adapted("bert")
+    first, *others = model._blocks.modules
+    model._blocks.modules = [first, torch.nn.Identity(), *others]
+    assert model.stem(batch_of([4, 7])).blocks == 0
+
+
 def test_where_the_answer_is_read_off_padding_passes_begin_at_the_input():
     assert adapted("bert").stem(batch_of([4, 7], left=True)).blocks == 0
 
@@ -136,6 +148,8 @@ def test_where_the_answer_is_read_off_padding_passes_begin_at_the_input():
 @pytest.mark.parametrize(
     ("settings", "blocks"),
     [
+        ({"family": "electra", "target_modules": ["query"]}, 2),
+        ({"family": "electra", "target_modules": ["query", "embeddings_project"]}, 0),
         ({"modules_to_save": ["bert.embeddings"]}, 0),
         ({"modules_to_save": ["bert.encoder.layer.0.output.LayerNorm"]}, 0),
         ({"modules_to_save": ["bert.encoder.layer.1.output.LayerNorm"]}, 1),
@@ -146,7 +160,7 @@ def test_where_the_answer_is_read_off_padding_passes_begin_at_the_input():
     ],
 )
 def test_nothing_that_is_trained_is_left_out(settings, blocks):
-    assert adapted("bert", **settings).stem(batch_of([4, 7])).blocks == blocks
+    assert adapted(**{"family": "bert", **settings}).stem(batch_of([4, 7])).blocks == blocks
 
 
 def test_an_adapted_block_cannot_be_left_out():

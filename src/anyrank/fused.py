@@ -157,9 +157,17 @@ def _cohort(
     apart = _Apart(model.device, local, training, method)
     first = apart.leaves(clients[0], local.enter(clients[0].start))
     optimizer = local.optimizer(first, training.learning_rate, training.weight_decay)
-    if local.form or local.on_grad or local.on_step or method.observe or type(optimizer) is not AdamW:
+    if local.form or local.on_grad or local.on_step or method.observe or not _is_plain_adamw(optimizer):
         return apart
     return _Rows(_columns(clients, first, optimizer), model.device, local, training, method)
+
+
+def _is_plain_adamw(optimizer: Optimizer) -> bool:
+    """Whether `_Rows` computes what this optimizer does; learning rates and decays may be any."""
+    usual = {"betas": (_BETA1, _BETA2), "eps": _EPS, "amsgrad": False, "maximize": False}
+    return type(optimizer) is AdamW and all(
+        group[key] == value for group in optimizer.param_groups for key, value in usual.items()
+    )
 
 
 def _scaled(B: Tensor, clients: Sequence[Client]) -> Tensor:
