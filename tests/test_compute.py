@@ -34,10 +34,10 @@ def settle(table: ComputeTable = TABLE, *, batch_size=4, lengths=(32,), clients=
 
 
 def test_the_longest_of_some_examples_on_average():
-    assert _expected_longest([7], 3) == 7
-    assert _expected_longest([1, 3], 1) == 2
-    assert _expected_longest([1, 3], 2) == pytest.approx(2.5)  # 1 with chance 1/4
-    assert _expected_longest([2, 2, 2, 6], 2) == pytest.approx(2 * 9 / 16 + 6 * 7 / 16)
+    assert _expected_longest([7])(3) == 7
+    assert _expected_longest([1, 3])(1) == 2
+    assert _expected_longest([1, 3])(2) == pytest.approx(2.5)  # 1 with chance 1/4
+    assert _expected_longest([2, 2, 2, 6])(2) == pytest.approx(2 * 9 / 16 + 6 * 7 / 16)
 
 
 def test_small_batches_share_passes_and_large_ones_do_not():

@@ -294,6 +294,7 @@ def test_clients_end_alike_and_are_filled_once(job, tmp_path, filled, family, co
         assert difference(replies(kept, tasks), updates) < 1e-5
         trained = sum(update.num_examples for update in updates.values())
         assert sum(size for size, _ in filled) == (0 if round else trained)
+        assert all(size <= job.training.batch_size for size, _ in filled)
         state = after(job, state, tasks, updates)
 
 
@@ -347,6 +348,8 @@ def test_what_is_applied_below_moves_the_block(tiny, tmp_path):
     assert prefix.block(task, num_examples=8) == 0
     assert prefix.block(replace(task, start=NOTHING), num_examples=8) == 1  # the head alone
     assert block(kind="evaluate") == 0
+    higher = replace(prefix, blocks=dict.fromkeys(prefix.blocks, 2))
+    assert higher.block(task, num_examples=8) == 1  # no pass of this model can begin later
 
 
 def test_where_there_can_be_no_such_blocks(tiny, job):
@@ -366,6 +369,13 @@ def test_filling_is_worth_it_where_examples_are_used_twice(job, tmp_path, steps,
     prefix, task = prefix_of(job, tmp_path, per_round=per_round), tasks_of(job)[0]
     task = replace(task, plan=replace(task.plan, steps=steps))
     assert prefix.block(task, num_examples=16) == block
+
+
+def test_only_clients_that_begin_at_the_same_block_share_passes(tiny, tmp_path):
+    job = job_of(tiny, "fedavg", **{"lora.target_modules": UPPER, "train.epochs": None, "train.steps": 2})
+    clients = transport(job, tmp_path, prefix_of(job, tmp_path), cohort=4)
+    begins = [{clients._begins(task) for task in group} for group in clients._groups(tasks_of(job))]
+    assert sorted(map(tuple, begins)) == [(0,), (1,)]  # larger clients do not use all of their examples
 
 
 def test_what_is_kept_depends_on_the_client_alone(job, tmp_path):

@@ -147,7 +147,7 @@ def _check_same(job: Job, folder: RunFolder) -> None:
 def _play(job: Job, folder: RunFolder, observer: Observer) -> None:
     progress = folder.load(job.spec, job.cohort.fleet, target=job.recipe.evaluate.target)
     with _deterministic(), _transport(job, folder, observer) as transport:
-        federation = _federation(job, transport, observer)
+        federation = _federation(job, folder, transport, observer)
         progress = progress or begin(federation, job.method.init(job.spec), job.cohort.fleet)
         observer.started(job, folder, progress)
         if progress.state.round < job.cohort.rounds:
@@ -216,7 +216,7 @@ def _prefix(job: Job, folder: RunFolder, observer: Observer) -> Prefix | None:
     return prefix
 
 
-def _federation(job: Job, transport: Transport, observer: Observer) -> Federation:
+def _federation(job: Job, folder: RunFolder, transport: Transport, observer: Observer) -> Federation:
     recipe = job.recipe
     return Federation(
         method=job.method,
@@ -230,6 +230,7 @@ def _federation(job: Job, transport: Transport, observer: Observer) -> Federatio
         evaluation=Evaluation(**recipe.evaluate.model_dump()),
         seed=recipe.seed,
         notify=observer.replied,
+        disk=folder.path,
     )
 
 

@@ -6,7 +6,7 @@ bytes on the same machine. Other settings agree but for rounding.
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -78,17 +78,18 @@ def cohort_of(most: int, *, cost: ModelCost, speed: float, lengths: Sequence[int
     flops = cost.forward_flops + cost.num_blocks * cost.block_backward_flops
     calls = cost.num_blocks * _BLOCK_SECONDS / (flops / cost.tokens_per_step / speed)  # in tokens
     counts = range(1, most + 1)
-    tokens = [calls / count + batch_size * _expected_longest(lengths, count * batch_size) for count in counts]
+    longest = _expected_longest(lengths)
+    tokens = [calls / count + batch_size * longest(count * batch_size) for count in counts]
     if min(tokens) > _WORTH * tokens[0]:
         return 1
     return next(count for count, each in zip(counts, tokens, strict=True) if each <= _NEARLY_BEST * min(tokens))
 
 
-def _expected_longest(lengths: Sequence[int], draws: int) -> float:
+def _expected_longest(lengths: Sequence[int]) -> Callable[[int], float]:
     """The longest of so many examples, on average."""
     values, counts = np.unique(np.asarray(lengths), return_counts=True)
     below = np.cumsum(counts) / counts.sum()
-    return float(values @ np.diff(below**draws, prepend=0.0))
+    return lambda draws: float(values @ np.diff(below**draws, prepend=0.0))
 
 
 def _memory(device: torch.device) -> int:

@@ -158,7 +158,7 @@ def prepare(recipe: Recipe) -> Job:
         recipe.compute,
         cost=cost,
         dtype=recipe.model.dtype,
-        lengths=encoded["length"],
+        lengths=encoded["length"][:],
         batch_size=recipe.train.batch_size,
         clients=cohort.per_round,
         apart=bool(why_apart(model, local)),
@@ -312,6 +312,7 @@ def _fleet(recipe: Recipe, examples: data.Labelled, shards: Mapping[str, np.ndar
     )
     kept = {client: _kept(recipe, client, shard) for client, shard in shards.items()}
     sizes = {client: len(rows) for client, rows in kept.items()}
+    labels = np.asarray(examples.train["label"][:])
     candidates = [Candidate(c, kinds[c], sizes[c], classes[kinds[c]].rank) for c in shards]
     if not _local(recipe).has_factors:
         ranks = dict.fromkeys(shards, 0)
@@ -321,15 +322,21 @@ def _fleet(recipe: Recipe, examples: data.Labelled, shards: Mapping[str, np.ndar
         ranks = ordered(ranks, sizes, order=recipe.fleet.rank_order)
     return {
         c: Device(
-            c, kinds[c], profiles[kinds[c]], ranks[c], sizes[c], _steps(recipe, sizes[c]), _labels(examples, kept[c])
+            c,
+            kinds[c],
+            profiles[kinds[c]],
+            ranks[c],
+            sizes[c],
+            _steps(recipe, sizes[c]),
+            _labels(labels[kept[c]], len(examples.label_names)),
         )
         for c in shards
     }
 
 
-def _labels(examples: data.Labelled, rows: np.ndarray) -> tuple[int, ...]:
+def _labels(labels: np.ndarray, classes: int) -> tuple[int, ...]:
     """How many of these training examples have each label."""
-    return tuple(np.bincount(examples.train["label"][rows], minlength=len(examples.label_names)).tolist())
+    return tuple(np.bincount(labels, minlength=classes).tolist())
 
 
 def _profiles(recipe: Recipe) -> dict[str, Profile]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets import ClassLabel, Dataset, Value
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
@@ -318,7 +319,7 @@ def _split_off(data: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset
         raise ConfigError(f"data.test_share: expected a number between 0 and 1, as there is no test part, got {share}")
     size = min(max(round(share * len(data)), 1), len(data) - 1)
     order = numpy_generator(seed, "test").permutation(len(data))
-    return data.select(sorted(order[size:])), data.select(sorted(order[:size]))
+    return data.select(np.sort(order[size:])), data.select(np.sort(order[:size]))
 
 
 def _fingerprint(parts: Sequence[Dataset], columns: tuple[str, ...], names: tuple[str, ...]) -> str:

@@ -14,7 +14,7 @@ import pickle
 import signal
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -152,19 +152,29 @@ def _keep_freed_memory() -> None:
 
 
 class _Pickler(pickle.Pickler):
-    """Sends an adapter as one array, not tensor by tensor; what is shared in a message stays shared."""
+    """Sends an adapter as one array, not tensor by tensor, and adapters that are views of the same memory once."""
+
+    def __init__(self, stream: io.BytesIO):
+        super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
+        self._sent: dict[Any, Any] = {}
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, Adapter):
-            tensors = {name: tensor.detach().cpu() for name, tensor in obj.tensors().items()}
+            tensors = obj.tensors()
             if len({tensor.dtype for tensor in tensors.values()}) == 1:
-                flat = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
-                shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
-                return _adapter, (shapes, flat)
+                key = tuple((name, t.data_ptr(), t.shape, t.stride()) for name, t in tensors.items())
+                if key not in self._sent:
+                    self._sent[key] = _flat(tensors)
+                return _adapter, self._sent[key]
         if isinstance(obj, Tensor):
             numbers = obj.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
             return _tensor, (numbers, obj.dtype, tuple(obj.shape))
         return NotImplemented
+
+
+def _flat(tensors: Mapping[str, Tensor]) -> tuple[list[tuple[str, tuple[int, ...]]], Tensor]:
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    return shapes, torch.cat([tensor.detach().cpu().reshape(-1) for tensor in tensors.values()])
 
 
 def _adapter(shapes: Sequence[tuple[str, tuple[int, ...]]], flat: Tensor) -> Adapter:
@@ -178,5 +188,5 @@ def _tensor(numbers: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
 
 def _dumps(content: Any) -> bytes:
     stream = io.BytesIO()
-    _Pickler(stream, protocol=pickle.HIGHEST_PROTOCOL).dump(content)
+    _Pickler(stream).dump(content)
     return stream.getvalue()
