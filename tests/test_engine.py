@@ -113,6 +113,7 @@ def test_the_record_of_a_round():
     energy = record.pop("energy")
     assert record == {
         "round": 1,
+        "truncation_error": None,
         "accuracy": float(after.state.adapter.num_parameters),
         "loss": 1.0,
         "class_accuracy": {str(rank): float(rank * (4 + 6 + 5 + 3) + 6) for rank in (1, 2, 4)},

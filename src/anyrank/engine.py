@@ -178,6 +178,7 @@ def _play(federation: Federation, progress: Progress) -> Progress:
         "simulated_seconds": seconds,
         "target_seconds": after.target_seconds,
         "energy": _energy(state),
+        "truncation_error": state.notes.get("truncation_error"),
     }
     return replace(after, record=record)
 
