@@ -15,12 +15,11 @@ from anyrank.fused import why_apart
 from anyrank.job import Job, load_recipe, prepare
 from anyrank.local import LOCALS
 from anyrank.local.lora import trained
-from anyrank.memory import Memory
 from anyrank.methods import METHODS
 from anyrank.topology import reduce
 from anyrank.transport import InProcess
 from federations import low_rank
-from tiny import bare_model, recipe_toml, write_model, write_reviews
+from tiny import bare_model, in_process, recipe_toml, write_model, write_reviews
 
 UNEVEN = {"partition.name": "quantity", "partition.clients": 6, "train.epochs": 2, "train.learning_rate": 3e-4}
 
@@ -35,21 +34,6 @@ def recipe(tmp_path_factory):
 
 def job_of(recipe, method: str = "fedavg", **overrides) -> Job:
     return prepare(load_recipe(recipe, {"method.name": method, **UNEVEN, **overrides}))
-
-
-def transport(job: Job, memory, *, cohort: int, **changes) -> InProcess:
-    settings = {
-        "model": job.model,
-        "method": job.method,
-        "training": job.training,
-        "data": job.encoded,
-        "shards": job.cohort.shards,
-        "test": job.test,
-        "held_out": 0.2,
-        "seed": 0,
-        "memory": Memory(memory),
-    }
-    return InProcess(**{**settings, **changes}, cohort=cohort)
 
 
 def assert_alike(one: Update, other: Update, tolerance: float = 1e-5) -> None:
@@ -81,7 +65,7 @@ def compare(
 def test_every_method_trains_alike_in_one_pass(recipe, name, tmp_path):
     topology = "star" if "star" in METHODS[name]().claims.topologies else "hierarchy"
     job = job_of(recipe, name, **{"topology.name": topology})
-    alone, together = (transport(job, tmp_path / str(cohort), cohort=cohort) for cohort in (1, 4))
+    alone, together = (in_process(job, tmp_path / str(cohort), cohort=cohort) for cohort in (1, 4))
     compare(job, alone, together, rounds=2)
 
 
@@ -89,7 +73,7 @@ def test_every_method_trains_alike_in_one_pass(recipe, name, tmp_path):
 def test_every_way_of_training_is_alike_in_one_pass(recipe, name, tmp_path):
     job = job_of(recipe, "rbla", **{"local.name": name})
     assert not why_apart(job.model, job.training.local)
-    alone, together = (transport(job, tmp_path, cohort=cohort) for cohort in (1, 4))
+    alone, together = (in_process(job, tmp_path, cohort=cohort) for cohort in (1, 4))
     # As in the middle of a run: from B = 0, LoRA-RITE turns rounding into a direction. Elsewhere, too, it makes more than 1e-4
     # in one step of a relative difference of 1e-7 at its start, alone or not.
     state = job.method.init(job.spec)
@@ -107,7 +91,7 @@ def test_an_optimizer_of_the_users_own_is_used_as_it_is(recipe, tmp_path):
 
     job = job_of(recipe, "rbla")
     training = replace(job.training, local=job.training.local._replace(optimizer=quick))
-    compare(job, *(transport(job, tmp_path, cohort=cohort, training=training) for cohort in (1, 4)), rounds=1)
+    compare(job, *(in_process(job, tmp_path, cohort=cohort, training=training) for cohort in (1, 4)), rounds=1)
 
 
 @pytest.mark.parametrize("room", [2, 3, 6])
@@ -124,7 +108,7 @@ def test_an_optimizer_of_the_users_own_is_used_as_it_is(recipe, tmp_path):
 def test_whoever_trains_beside_a_client_does_not_matter(recipe, room, changes, tmp_path):
     job = job_of(recipe, "hetlora")
     training = replace(job.training, **changes)
-    alone, together = (transport(job, tmp_path, cohort=cohort, training=training) for cohort in (1, room))
+    alone, together = (in_process(job, tmp_path, cohort=cohort, training=training) for cohort in (1, room))
     compare(job, alone, together, rounds=1)
 
 
@@ -132,7 +116,7 @@ def test_clipping_bites(recipe, tmp_path):
     job = job_of(recipe)
     (task,) = tasks_of(job)[:1]
     free, held = (
-        next(transport(job, tmp_path, cohort=1, training=replace(job.training, max_grad_norm=norm)).run([task]))
+        next(in_process(job, tmp_path, cohort=1, training=replace(job.training, max_grad_norm=norm)).run([task]))
         for norm in (None, 1e-6)
     )
     moved = [
@@ -172,7 +156,7 @@ def test_passes_are_shared_by_clients_of_one_depth_and_filled_up_from_a_queue(re
         return load(stack, **arguments)
 
     job.model.load_together = watched
-    replies = list(transport(job, tmp_path, cohort=2).run(tasks))
+    replies = list(in_process(job, tmp_path, cohort=2).run(tasks))
     assert {reply.client for reply in replies} == {task.plan.client for task in tasks}
     assert {layers for _, layers in seen} == {frozenset(task.plan.ranks) for task in tasks}
     assert max(count for count, _ in seen) == 2
@@ -186,8 +170,8 @@ def test_one_client_that_diverges_leaves_the_others_alone(recipe, local, tmp_pat
     tasks = tasks_of(job)
     mad = tasks[1].start.map(lambda tensor: tensor * float("nan"))
     mixed = [tasks[0], replace(tasks[1], start=mad), *tasks[2:]]
-    usual = {r.client: r for r in transport(job, tmp_path, cohort=6).run(tasks)}
-    beside = {r.client: r for r in transport(job, tmp_path, cohort=6).run(mixed)}
+    usual = {r.client: r for r in in_process(job, tmp_path, cohort=6).run(tasks)}
+    beside = {r.client: r for r in in_process(job, tmp_path, cohort=6).run(mixed)}
     for client, reply in beside.items():
         if client != tasks[1].plan.client:
             assert_alike(reply, usual[client])
@@ -202,7 +186,7 @@ def test_who_is_through_stands_still(recipe, tmp_path):
     long, short = tasks_of(job)[:2]
     tasks = [replace(long, plan=replace(long.plan, steps=20)), replace(short, plan=replace(short.plan, steps=1))]
     alone, together = (
-        {r.client: r for r in transport(job, tmp_path, cohort=cohort, training=training).run(tasks)}
+        {r.client: r for r in in_process(job, tmp_path, cohort=cohort, training=training).run(tasks)}
         for cohort in (1, 2)
     )
     assert_alike(together[short.plan.client], alone[short.plan.client])
@@ -212,7 +196,7 @@ def test_modules_trained_whole_are_stacked_too(recipe, tmp_path):
     saved = ["bert.encoder.layer.1.output.LayerNorm", "bert.encoder.layer.1.output.dense"]
     job = job_of(recipe, **{"lora.modules_to_save": saved})
     assert not job.model.unbatched
-    compare(job, *(transport(job, tmp_path, cohort=cohort) for cohort in (1, 4)), rounds=1)
+    compare(job, *(in_process(job, tmp_path, cohort=cohort) for cohort in (1, 4)), rounds=1)
 
 
 def test_what_has_no_stacked_form_trains_one_after_another_and_says_so(recipe, tmp_path):
@@ -224,7 +208,7 @@ def test_what_has_no_stacked_form_trains_one_after_another_and_says_so(recipe, t
         assert job.recipe.compute.cohort == 1
         (remark,) = [remark for remark in job.remarks if "one after another" in remark]
         assert re.search(why, remark)
-        replies = transport(job, tmp_path, cohort=4).run(tasks_of(job))
+        replies = in_process(job, tmp_path, cohort=4).run(tasks_of(job))
         assert all(isinstance(reply, Update) for reply in replies)
 
 
@@ -259,7 +243,7 @@ def test_a_base_in_bfloat16_trains_in_float32(recipe, tmp_path):
     assert half.spec.cost.base_bytes < 0.6 * full.spec.cost.base_bytes
     tasks = tasks_of(full)
     alone, together, exact = (
-        {reply.client: reply for reply in transport(job, tmp_path, cohort=cohort).run(tasks)}
+        {reply.client: reply for reply in in_process(job, tmp_path, cohort=cohort).run(tasks)}
         for job, cohort in ((half, 1), (half, 4), (full, 1))
     )
     for client, reply in alone.items():

@@ -17,10 +17,9 @@ from anyrank.adapter import Adapter
 from anyrank.errors import TransportError
 from anyrank.federation import Update, make_task
 from anyrank.job import load_recipe, prepare
-from anyrank.memory import Memory
 from anyrank.transport import InProcess, Workers
 from anyrank.transport.workers import _dumps
-from tiny import recipe_toml, write_model, write_reviews
+from tiny import in_process, recipe_toml, write_model, write_reviews
 
 
 @pytest.fixture(scope="module")
@@ -34,22 +33,6 @@ def recipe(tmp_path_factory):
 @pytest.fixture(scope="module")
 def job(recipe):
     return prepare(load_recipe(recipe, {"method.name": "rbla", "train.steps": 3}))
-
-
-def in_process(job, memory, **changes) -> InProcess:
-    settings = {
-        "model": job.model,
-        "method": job.method,
-        "training": job.training,
-        "data": job.encoded,
-        "shards": job.cohort.shards,
-        "test": job.test,
-        "held_out": 0.2,
-        "seed": 0,
-        "memory": Memory(memory),
-        "cohort": 1,
-    }
-    return InProcess(**{**settings, **changes})
 
 
 def tasks_of(job, kind="train"):

@@ -14,6 +14,10 @@ from transformers import (
     GPT2ForSequenceClassification,
 )
 
+from anyrank.job import Job
+from anyrank.memory import Memory
+from anyrank.transport import InProcess
+
 WORDS = [
     "the",
     "a",
@@ -128,3 +132,19 @@ rank = 4
 [compute]
 threads = 1
 """
+
+
+def in_process(job: Job, memory: Path, **changes) -> InProcess:
+    """A job's clients in this process; a fifth of each one's examples is held out."""
+    usual = {
+        "model": job.model,
+        "method": job.method,
+        "training": job.training,
+        "data": job.encoded,
+        "shards": job.cohort.shards,
+        "test": job.test,
+        "held_out": 0.2,
+        "seed": 0,
+        "memory": Memory(memory),
+    }
+    return InProcess(**{**usual, **changes})
