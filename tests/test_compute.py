@@ -1,10 +1,14 @@
 """How many processes there are and who shares a pass: from sizes alone."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anyrank import compute
 from anyrank.compute import _expected_longest, cohort_of, settled
 from anyrank.config import ComputeTable
 from anyrank.device import transformer_cost
@@ -83,3 +87,17 @@ def test_settling_what_is_settled_changes_nothing():
     once = settle(ComputeTable())
     assert once.threads == torch.get_num_threads()
     assert settle(once) == once
+
+
+def test_gpus_have_a_worker_each_and_are_asked_by_another_process(monkeypatch):
+    asked_by = []
+
+    def properties(device):
+        asked_by.append(os.getpid())
+        return SimpleNamespace(total_memory=16 * 10**9)
+
+    monkeypatch.setattr(compute, "devices", lambda: [torch.device("cuda", 0), torch.device("cuda", 1)])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    plan = settle(ComputeTable())
+    assert (plan.workers, plan.memory_gb) == (2, 8.0)
+    assert asked_by == []  # here: after the first use of CUDA this process could fork nobody who uses it

@@ -1,5 +1,6 @@
 """Forked workers: the same bytes as one process, whoever works on what; what a killed or failing worker leaves."""
 
+import gc
 import os
 import pickle
 import signal
@@ -133,7 +134,9 @@ def test_workers_end_with_their_transport(job, tmp_path):
     with Workers(in_process(job, tmp_path), count=2, threads=1) as workers:
         processes = [worker.process for worker in workers._workers]
         assert all(process.is_alive() for process in processes)
+        assert gc.get_freeze_count() > 0
     assert not any(process.is_alive() for process in processes)
+    assert gc.get_freeze_count() == 0
 
 
 @settings(max_examples=30, deadline=None)

@@ -179,6 +179,9 @@ def _transport(job: Job, folder: RunFolder, observer: Observer) -> Iterator[Tran
         prefix=_prefix(job, folder, observer),
     )
     count = min(compute.workers or 1, job.cohort.per_round)
+    if count > 1 and torch.cuda.is_initialized():
+        observer.noticed("one process does all the work: this one has used a GPU, and cannot fork others that do")
+        count = 1
     with contextlib.ExitStack() as stack:
         transport = inner
         if count > 1:
@@ -243,6 +246,7 @@ def _clock(recipe: Recipe) -> Clock:
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
     """Have torch refuse operations whose result can differ from run to run."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS counts as one of them
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:

@@ -93,7 +93,14 @@ def _expected_longest(lengths: Sequence[int]) -> Callable[[int], float]:
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes that a device has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes that a device has. A GPU is asked by a process of its own: one that has used CUDA cannot fork workers that do."""
+    if device.type == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if "fork" not in multiprocessing.get_all_start_methods():
+        return _gpu_memory(device)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(_gpu_memory, (device,))
+
+
+def _gpu_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory

@@ -6,6 +6,7 @@ and a task on its own gives the same result wherever it is done. So the same pla
 
 import contextlib
 import ctypes
+import gc
 import io
 import math
 import multiprocessing
@@ -52,6 +53,8 @@ class Workers:
     def __init__(self, inner: InProcess, *, count: int, threads: int, devices: Sequence[torch.device] = ()):
         """Fork them."""
         self._inner = inner
+        gc.collect()
+        gc.freeze()  # a collection writes to every object that it looks at, and a page that is written to is shared no more
         self._workers = [_fork(inner, threads, devices[i % len(devices)] if devices else None) for i in range(count)]
 
     def __enter__(self) -> "Workers":
@@ -64,6 +67,7 @@ class Workers:
             worker.pipe.close()
             worker.process.terminate()
             worker.process.join()
+        gc.unfreeze()
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Update | Failure]:
         """Have the tasks carried out; replies come in the order in which they are ready.
