@@ -376,6 +376,8 @@ def test_the_rank_policies_and_partitions_of_a_recipe_reach_the_fleet(tiny):
         (["method.name=flora", "server.momentum=0.5"], "adds products to the base model"),
         (["method.name=anyrank", "local.name=dora"], "does not work with anyrank"),
         (["method.name=prelort", "local.name=lora_plus"], "brings its own way of training"),
+        (["local.name=dora", "lora.dropout=0.1"], "of what goes into the factors of plain LoRA"),
+        (["lora.dropout=1.0"], "lora.dropout"),
         (['clock.changes=[{round=2, kind="phones", slowdown=2.0}]'], "no device class 'phones'"),
         (["data.text=['sentenc']"], "sentence"),
         (["partition.clients=1000"], "1000"),

@@ -112,6 +112,17 @@ def test_whoever_trains_beside_a_client_does_not_matter(recipe, room, changes, t
     compare(job, alone, together, rounds=1)
 
 
+@pytest.mark.parametrize("room", [2, 6])
+@pytest.mark.parametrize("local", ["lora", "beamlora"])  # one that draws its own numbers besides
+def test_what_a_client_drops_does_not_depend_on_who_trains_beside_it(recipe, room, local, tmp_path):
+    plain, job = (job_of(recipe, "rbla", **{"lora.dropout": share, "local.name": local}) for share in (0.0, 0.3))
+    alone, together = (in_process(job, tmp_path, cohort=cohort) for cohort in (1, room))
+    compare(job, alone, together, rounds=1)
+    (task,) = tasks_of(job)[:1]
+    (free,), (dropped,) = (list(in_process(each, tmp_path).run([task])) for each in (plain, job))
+    assert dropped.metrics["loss"] != free.metrics["loss"]
+
+
 def test_clipping_bites(recipe, tmp_path):
     job = job_of(recipe)
     (task,) = tasks_of(job)[:1]

@@ -376,3 +376,30 @@ def test_the_packaged_model_is_checked_against_pinned_hashes(monkeypatch, tmp_pa
     monkeypatch.setitem(pretrained._PACKAGES, "all-MiniLM-L6-v2", type(package)(**fake))
     with pytest.raises(ConfigError, match=r"pip install 'anyrank\[demo\]'"):
         resolve("all-MiniLM-L6-v2")
+
+
+def test_dropout_acts_in_training_alone_and_keeps_the_mean(base):
+    model = hf.AdaptedModel(
+        hf.load_classifier(base, label_names=LABELS, seed=0), scale=2.0, target_modules=["query"], dropout=0.25
+    )
+    drop = next(module for module in model.model.modules() if isinstance(module, hf._Dropout))
+    x, drop.attended = torch.ones(8, 50, 32), torch.ones(8, 50)
+    assert torch.equal(drop(x), x)
+    drop.rngs = [torch.Generator().manual_seed(0)]
+    y = drop(x)
+    assert y.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert float((y == 0).float().mean()) == pytest.approx(0.25, abs=0.02)  # of 12,800 draws: five standard errors
+
+
+def test_padding_does_not_change_what_is_dropped(base):
+    def dropped(width: int, beside: int) -> torch.Tensor:
+        """Of a client with two texts of 3 and 5 tokens, padded to a width, beside one with other texts."""
+        drop = hf._Dropout(0.5)
+        drop.parts, drop.rngs = (2, beside), [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        drop.attended = torch.ones(2 + beside, width)
+        drop.attended[0, 3:], drop.attended[1, 5:] = 0, 0
+        return drop(torch.ones(2 + beside, width, 4))[:2, :5]
+
+    alone = dropped(5, 1)
+    assert 0 < float(alone[1].mean()) < 2
+    assert torch.equal(alone, dropped(9, 3))

@@ -62,6 +62,7 @@ class LoraTable(_Table):
     """`[lora]`: what is adapted, and how strongly."""
 
     scale: Positive = 2.0
+    dropout: Share = 0.0
     target_modules: list[str] | None = None
     modules_to_save: list[str] = []
     start: str | None = None

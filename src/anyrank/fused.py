@@ -38,7 +38,7 @@ class Client:
         task: what is asked: at least one step.
         start: where to start from.
         data: its examples; at least one.
-        rng: draws the order of the examples, and whatever the way of training draws.
+        rng: draws the order of the examples, what is dropped, and whatever the way of training draws.
         step: steps done.
         total: sum of their losses, without penalties.
         seen: examples in them.
@@ -102,7 +102,7 @@ def train_together(
             cohort.admit(newcomers)
             running += newcomers
             frozen = _frozen(running, local)
-        parts = [next(order[client]) for client in running]  # before `form`, which may draw from the same generator
+        parts = [next(order[client]) for client in running]  # before `form` and dropout, which draw from `rng` too
         model.load_together(cohort.stack(), frozen=frozen)
         loss = _losses(model, running, parts, training)
         # As in training alone, who has diverged ends with what it had before this step.
@@ -124,7 +124,7 @@ def _losses(model: AdaptedModel, running: Sequence[Client], parts: Sequence[list
     """The mean loss of each client, `[clients]`."""
     sizes = [len(part) for part in parts]
     batch = collated([example for part in parts for example in part], training)
-    each = losses(model.logits(batch, sizes), batch["labels"])
+    each = losses(model.logits(batch, sizes, rngs=[client.rng for client in running]), batch["labels"])
     loss = torch.stack([mine.mean() for mine in each.split(sizes)])
     for client, size, value in zip(running, sizes, loss.tolist(), strict=True):
         client.total += value

@@ -139,6 +139,7 @@ class AdaptedModel:
         weights: what becomes of an adapted layer's weight, as in `Local.weights`.
         experts: by folder, the finished adapters of a mixture.
         tau: the first temperature of its gates.
+        dropout: share of what goes into the factors that is dropped in training, for `weights` of plain LoRA.
 
     Attributes:
         layers: the adapted layers, input to output.
@@ -162,6 +163,7 @@ class AdaptedModel:
         weights: Weights = "lora",
         experts: Mapping[str, Adapter] = MappingProxyType({}),
         tau: float = 1.0,
+        dropout: float = 0.0,
     ):
         """Inject what is trained, freeze the rest."""
         self.modules_to_save = sorted({*_heads(model), *modules_to_save})
@@ -177,6 +179,7 @@ class AdaptedModel:
         self.model.requires_grad_(False).eval()
         self.device = next(self.model.parameters()).device
         self._modules = {name: self.model.get_submodule(name) for name in names}
+        self._dropouts = [_dropping(module, dropout) for module in self._modules.values()] if dropout else []
         self._blocks = _Blocks.around(self.model, names)
         self._own = _own(self._modules, weights)
         self._trained = dict(_owners(self.model, self.modules_to_save))
@@ -263,15 +266,20 @@ class AdaptedModel:
             module = self._modules[name]
             module.lora_A[_NAME].weight, module.lora_B[_NAME].weight = part.A, part.B
 
-    def logits(self, batch: Mapping[str, Tensor], parts: Sequence[int] = ()) -> Tensor:
+    def logits(
+        self, batch: Mapping[str, Tensor], parts: Sequence[int] = (), *, rngs: Sequence[torch.Generator] = ()
+    ) -> Tensor:
         """What the model answers, in float32: `[examples, classes]`. Labels are not looked at.
 
         Args:
             batch: what the model takes; with what `entering` makes, the blocks below are left out.
             parts: after `load_together`, how many of the examples are of each client.
+            rngs: of each client, to draw what is dropped; without them nothing is.
         """
         for module in self._shared:
             module.parts = parts
+        for module in self._dropouts:
+            module.parts, module.rngs, module.attended = parts, rngs, batch.get("attention_mask")
         if ENTERING not in batch:
             return self._pass(batch)
         block = int(batch[BLOCK])
@@ -475,6 +483,43 @@ class _Factor(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
         return F.linear(x, weight) if weight.ndim == 2 else _linear_together(self, {"weight": weight}, x)
+
+
+class _Dropout(nn.Module):
+    """Dropout in front of a factor (Srivastava et al., JMLR 2014): entries are zero with a chance, the others scaled up for it.
+
+    Each client draws with its own generator, and for its own tokens only, so that neither who shares the pass nor how far its
+    texts are padded changes what is dropped.
+    """
+
+    parts: Sequence[int] = ()
+    rngs: Sequence[torch.Generator] = ()
+    attended: Tensor | None = None
+
+    def __init__(self, share: float):
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.rngs:
+            return x
+        positions = torch.ones(x.shape[:-1], dtype=torch.bool)
+        if self.attended is not None and self.attended.shape == positions.shape:
+            positions = self.attended.bool().cpu()
+        tokens = [int(own.sum()) for own in positions.split(list(self.parts) or len(x))]
+        drawn = [
+            torch.empty(count, x.shape[-1], dtype=torch.bool).bernoulli_(self.share, generator=rng)
+            for count, rng in zip(tokens, self.rngs, strict=True)
+        ]
+        dropped = torch.ones(x.shape, dtype=torch.bool)
+        dropped[positions] = torch.cat(drawn)
+        return x.masked_fill(dropped.to(x.device), 0) / (1 - self.share)
+
+
+def _dropping(module: Any, share: float) -> _Dropout:
+    """The dropout that an adapted layer now has."""
+    module.lora_dropout[_NAME] = drop = _Dropout(share)
+    return drop
 
 
 def _linear_together(module: Any, own: Mapping[str, Tensor], x: Tensor) -> Tensor:

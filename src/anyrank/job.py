@@ -234,6 +234,11 @@ def _local(recipe: Recipe) -> Local:
             f"local.name: {chosen} does not work with {name}, whose clients apply products that they do not train: these "
             "have no place under the magnitudes. Use another way of training, or another method."
         )
+    if local.weights != "lora" and recipe.lora.dropout:
+        problems.append(
+            f"lora.dropout: {recipe.lora.dropout:g} of what goes into the factors of plain LoRA, and this way of training has "
+            "none. Leave it out."
+        )
     if problems:
         raise ConfigError(problems)
     return local
@@ -252,6 +257,7 @@ def _load_model(
         target_modules=table.target_modules,
         modules_to_save=table.modules_to_save,
         weights=local.weights,
+        dropout=table.dropout,
         **_experts(local, scale=table.scale),
     )
     if table.start is None:

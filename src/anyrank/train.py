@@ -108,7 +108,7 @@ def train(
         data: the client's examples; at least one.
         training: learning rate, batch size and the like.
         method: its penalty, its observations, its way of training if it has one.
-        rng: draws the order of the examples, and whatever the way of training draws.
+        rng: draws the order of the examples, what is dropped, and whatever the way of training draws.
 
     Returns:
         the trained adapter; the mean loss over the steps (without penalties), the examples in them, and the sums of what was
@@ -123,7 +123,7 @@ def train(
         batch = collated(examples, training)
         if local.form:
             model.form(local.form(live, rng).layers)
-        loss = losses(model.logits(batch), batch["labels"]).mean()
+        loss = losses(model.logits(batch, rngs=[rng]), batch["labels"]).mean()
         total, seen = total + loss.item(), seen + len(examples)
         if not math.isfinite(total):
             break  # training has diverged: whoever gets this rejects it by its loss
