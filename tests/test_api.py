@@ -104,6 +104,13 @@ def test_the_same_recipe_gives_the_same_bytes(finished, tiny, tmp_path):
     assert without_clock_time(again.path) == without_clock_time(finished.path)
 
 
+def test_threads_of_a_run_are_its_own(tiny, tmp_path):
+    before = torch.get_num_threads()
+    folder = anyrank.run(recipe(tiny, f"compute.threads={before + 1}", "rounds=1"), tmp_path / "run")
+    assert folder.info["machine"]["threads"] == before + 1
+    assert torch.get_num_threads() == before
+
+
 def test_another_seed_gives_another_result(finished, tiny, tmp_path):
     other = anyrank.run(recipe(tiny, "seed=1"), tmp_path / "other")
     assert adapter_bytes(other.path) != adapter_bytes(finished.path)

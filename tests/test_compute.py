@@ -69,7 +69,7 @@ def test_a_cohort_is_never_more_than_there_is_room_for(most, batch_size, lengths
 
 
 def test_what_the_recipe_says_stands():
-    asked = ComputeTable(threads=3, workers=2, cohort=5, memory_gb=1.0)
+    asked = ComputeTable(threads=3, workers=2, cohort=5, memory_gb=1.0, prefix_cache_gb=0.5)
     assert settle(asked) == asked
     assert settle(asked, apart=True).cohort == 1
 
@@ -89,7 +89,13 @@ def test_settling_what_is_settled_changes_nothing():
     assert settle(once) == once
 
 
-def test_gpus_have_a_worker_each_and_are_asked_by_another_process(monkeypatch):
+def test_only_linux_forks(monkeypatch):
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert settle().workers == 1
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_gpus_have_a_worker_each_and_are_asked_by_another_process(monkeypatch, used_before):
     asked_by = []
 
     def properties(device):
@@ -98,6 +104,8 @@ def test_gpus_have_a_worker_each_and_are_asked_by_another_process(monkeypatch):
 
     monkeypatch.setattr(compute, "devices", lambda: [torch.device("cuda", 0), torch.device("cuda", 1)])
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used_before)
     plan = settle(ComputeTable())
     assert (plan.workers, plan.memory_gb) == (2, 8.0)
-    assert asked_by == []  # here: after the first use of CUDA this process could fork nobody who uses it
+    # After the first use of CUDA this process can fork nobody who uses it, and may as well ask by itself.
+    assert asked_by == [os.getpid()] * used_before

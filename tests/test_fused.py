@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from torch.optim import AdamW, Optimizer
+from transformers import DebertaV2Config, LongformerConfig, OPTConfig
 
 from anyrank import hf
 from anyrank.adapter import Adapter, LowRank, Stack
@@ -221,6 +223,41 @@ def test_what_has_no_stacked_form_trains_one_after_another_and_says_so(recipe, t
         assert re.search(why, remark)
         replies = in_process(job, tmp_path, cohort=4).run(tasks_of(job))
         assert all(isinstance(reply, Update) for reply in replies)
+
+
+BATCH = {"input_ids": torch.full((7, 4), 5), "attention_mask": torch.ones(7, 4, dtype=torch.long)}
+
+
+SHARED = {"relative_attention": True, "share_att_key": True, "pos_att_type": ["p2c", "c2p"]}
+
+
+@pytest.mark.parametrize(
+    ("config", "further", "targets", "odd"),
+    [
+        # DeBERTa projects its relative positions by the layers that project tokens, in one row for all examples.
+        (DebertaV2Config, SHARED, ["query_proj"], "query_proj"),
+        (DebertaV2Config, {}, ["query_proj"], ""),
+        (LongformerConfig, {"attention_window": 4}, ["query"], "query"),  # tokens before examples
+        (OPTConfig, {"word_embed_proj_dim": 32}, ["fc1"], "fc1"),  # tokens of all examples in a row
+        (OPTConfig, {"word_embed_proj_dim": 32}, ["q_proj"], ""),
+    ],
+)
+def test_passes_are_not_shared_where_rows_are_not_examples(config, further, targets, odd):
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 48, "ffn_dim": 48, "max_position_embeddings": 64, "pad_token_id": 0}
+    bare = transformers.AutoModelForSequenceClassification.from_config(config(**sizes, **further))
+    model = hf.AdaptedModel(bare, scale=2.0, target_modules=targets)
+    assert not model.unbatched
+    model.probe(BATCH)
+    assert odd in model.unbatched
+    assert bool(odd) == ("not one example after the other" in model.unbatched)
+
+
+def test_every_model_is_probed_before_a_run(recipe, monkeypatch):
+    probed = []
+    monkeypatch.setattr(hf.AdaptedModel, "probe", lambda self, batch: probed.append(batch["input_ids"].shape))
+    job_of(recipe)
+    assert probed == [(7, 4)]
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])

@@ -477,12 +477,13 @@ def test_runs_use_it_and_resume_to_the_same_bytes(tiny, tmp_path, filled):
     assert adapter_bytes(part.path) == adapter_bytes(whole.path)
 
 
-def test_zero_keeps_nothing(job, tmp_path):
-    compute = job.recipe.compute.model_copy(update={"prefix_cache_gb": 0.0})
-    off = replace(job, recipe=job.recipe.model_copy(update={"compute": compute}))
+def test_zero_keeps_nothing(tiny, tmp_path):
     folder = RunFolder(tmp_path, {})
-    assert api._prefix(off, folder, anyrank.Observer()) is None
-    assert api._prefix(job, folder, anyrank.Observer())
+    for memory_gb, kept in ((0.0, False), (0.001, True)):
+        settings = {"lora.target_modules": UPPER, "compute.prefix_cache_gb": memory_gb}
+        job = prepare(load_recipe(tiny / "recipe.toml", settings))
+        assert job.recipe.compute.prefix_cache_gb == memory_gb
+        assert bool(api._prefix(job, folder, anyrank.Observer())) == kept
 
 
 def test_a_model_that_cannot_is_remarked_on(tiny, tmp_path):

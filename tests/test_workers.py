@@ -1,9 +1,12 @@
 """Forked workers: the same bytes as one process, whoever works on what; what a killed or failing worker leaves."""
 
+import errno
 import gc
+import multiprocessing
 import os
 import pickle
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import anyrank
+from anyrank import spool
 from anyrank.adapter import Adapter
-from anyrank.errors import TransportError
+from anyrank.errors import ConfigError, RoundFailed, TransportError, UpdateRejected
 from anyrank.federation import Update, make_task
 from anyrank.job import load_recipe, prepare
 from anyrank.transport import InProcess, Workers
@@ -88,6 +92,14 @@ def test_a_run_goes_on_with_the_plan_that_it_began_with(recipe, tmp_path):
     assert (whole.path / file).read_bytes() == (resumed.path / file).read_bytes()
 
 
+def test_a_run_that_took_too_much_goes_on_with_less(recipe, tmp_path):
+    begun = anyrank.run(load_recipe(recipe, ["compute.threads=2", "compute.workers=2", "rounds=1"]), tmp_path / "begun")
+    less = anyrank.resume(begun.path, overrides=["rounds=2", "compute.workers=1", "compute.cohort=1"])
+    compute = less.info["recipe"]["compute"]
+    assert (compute["threads"], compute["workers"], compute["cohort"]) == (2, 1, 1)
+    assert len(less.records()) == 2
+
+
 def test_threads_of_a_worker_start_after_the_parents_have_run(job, tmp_path):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -116,6 +128,72 @@ def test_a_killed_worker_is_an_error_that_says_what_to_do(job, tmp_path):
         replies_of(workers, tasks_of(job))
 
 
+def test_a_worker_killed_while_idle_is_the_same_error(job, tmp_path):
+    said = r"round 1: a worker process ended with exit code -9 .* Lower compute.workers"
+    with Workers(in_process(job, tmp_path), count=2, threads=1) as workers:
+        process = workers._workers[1].process
+        process.kill()
+        process.join()
+        with pytest.raises(TransportError, match=said):
+            replies_of(workers, tasks_of(job))
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EAGAIN])
+def test_a_worker_that_cannot_be_started_ends_those_before_it(job, tmp_path, monkeypatch, number):
+    fork, children = os.fork, []
+
+    def forks_once():
+        if children:
+            raise OSError(number, os.strerror(number))
+        if child := fork():
+            children.append(child)
+        return child
+
+    monkeypatch.setattr(os, "fork", forks_once)
+    with pytest.raises(
+        TransportError, match=rf"could not be started: .*{os.strerror(number)}\. Lower compute\.workers"
+    ):
+        Workers(in_process(job, tmp_path), count=3, threads=1)
+    assert len(children) == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(children[0], 0)
+    assert gc.get_freeze_count() == 0
+
+
+def test_workers_end_with_their_parent(job, tmp_path):
+    told, tell = multiprocessing.Pipe(duplex=False)
+
+    class Sleeps(InProcess):
+        def run(self, tasks):
+            tell.send("at work")
+            time.sleep(60)
+            yield
+
+    def play():
+        with Workers(Sleeps(**vars(in_process(job, tmp_path))), count=3, threads=1) as workers:
+            replies_of(workers, tasks_of(job))
+
+    parent = multiprocessing.get_context("fork").Process(target=play)
+    parent.start()
+    tell.close()
+    for _ in range(3):
+        assert told.recv() == "at work"
+    parent.kill()
+    parent.join()
+    assert told.poll(2)
+    with pytest.raises(EOFError):  # nobody has the other end any more
+        told.recv()
+
+
+def test_a_device_that_cannot_be_had_is_told(job, tmp_path):
+    devices = [torch.device("cuda", 99)]
+    with (
+        Workers(in_process(job, tmp_path), count=2, threads=1, devices=devices) as workers,
+        pytest.raises(TransportError, match=r"(?s)round 1: a worker process failed:.*CUDA"),
+    ):
+        replies_of(workers, tasks_of(job))
+
+
 def test_an_error_in_a_worker_is_told(job, tmp_path):
     class Fails(InProcess):
         def run(self, tasks):
@@ -128,6 +206,40 @@ def test_an_error_in_a_worker_is_told(job, tmp_path):
         pytest.raises(TransportError, match="what went wrong there"),
     ):
         replies_of(workers, tasks_of(job))
+
+
+class LibrarysError(OSError):
+    def __init__(self, message, *, response):
+        super().__init__(message)
+        self.response = response
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (UpdateRejected("ann", "A/q", "is odd"), UpdateRejected),
+        (ConfigError(["one problem", "another"]), ConfigError),
+        (RoundFailed("nobody came"), RoundFailed),
+        (OSError(errno.ENOSPC, "No space left on device", "memory/ann/1-0.tmp"), OSError),
+        (FileNotFoundError("there is no such text"), FileNotFoundError),
+        (LibrarysError("not there", response=404), OSError),
+    ],
+)
+def test_an_error_that_users_can_meet_is_raised_as_it_is(job, tmp_path, error, kind):
+    class Fails(InProcess):
+        def run(self, tasks):
+            raise error
+            yield
+
+    inner = Fails(**vars(in_process(job, tmp_path)))
+    with Workers(inner, count=1, threads=1) as workers, pytest.raises((anyrank.AnyrankError, OSError)) as caught:
+        replies_of(workers, tasks_of(job))
+    assert type(caught.value) is kind
+    assert str(caught.value) == str(error)
+    if kind is type(error):
+        assert "in run" in caught.value.__notes__[0]  # where it came from
+        assert {**vars(caught.value), "__notes__": None} == {**vars(error), "__notes__": None}
+        assert getattr(caught.value, "filename", None) == getattr(error, "filename", None)
 
 
 def test_workers_end_with_their_transport(job, tmp_path):
@@ -187,3 +299,11 @@ def test_adapters_cross_whole(job):
         for name, tensor in adapter.tensors().items():
             assert torch.equal(one.tensors()[name], tensor)
             assert one.tensors()[name].dtype == tensor.dtype
+
+
+def test_adapters_on_disk_cross_each_as_it_is(monkeypatch):
+    monkeypatch.setattr(spool, "IN_MEMORY", 0)
+    with spool.Spool() as kept:
+        stored = [kept.keep(Adapter({}, {"head": torch.full((1000,), i)})) for i in range(200)]
+        found = pickle.loads(_dumps(stored))
+    assert [adapter.dense["head"].unique().tolist() for adapter in found] == [[i] for i in range(200)]

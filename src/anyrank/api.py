@@ -42,7 +42,14 @@ from anyrank.wire import bytes_down, nbytes
 __all__ = ["Demand", "Observer", "check", "export", "load_recipe", "resume", "run"]
 
 _VERSIONED = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors", "tokenizers")
-_EXTENSIBLE = ("rounds", "evaluate.target", "evaluate.stop_at_target")
+_EXTENSIBLE = (
+    "rounds",
+    "evaluate.target",
+    "evaluate.stop_at_target",
+    "compute.threads",
+    "compute.workers",
+    "compute.cohort",
+)
 
 
 class Observer:
@@ -146,7 +153,7 @@ def _check_same(job: Job, folder: RunFolder) -> None:
 
 def _play(job: Job, folder: RunFolder, observer: Observer) -> None:
     progress = folder.load(job.spec, job.cohort.fleet, target=job.recipe.evaluate.target)
-    with _deterministic(), _transport(job, folder, observer) as transport:
+    with _deterministic(), _threads(job.recipe.compute.threads or 1), _transport(job, folder, observer) as transport:
         federation = _federation(job, folder, transport, observer)
         progress = progress or begin(federation, job.method.init(job.spec), job.cohort.fleet)
         observer.started(job, folder, progress)
@@ -255,6 +262,16 @@ def _deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _compare(job: Job, folder: RunFolder, observer: Observer) -> None:
     """Play the baselines that the recipe compares with, each in a run folder of its own; a baseline is not compared."""
     if job.recipe.baseline:
@@ -295,7 +312,7 @@ def _info(job: Job, command: str) -> dict[str, Any]:
             "system": platform.system(),
             "processor": platform.machine(),
             "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
+            "threads": job.recipe.compute.threads,
         },
         "commit": _commit(),
         "base": job.base.name,

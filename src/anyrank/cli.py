@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from anyrank.errors import AnyrankError, ConfigError
+from anyrank.errors import AnyrankError, ConfigError, TransportError
 
 __all__ = ["app", "main"]
 
@@ -73,7 +73,7 @@ def run(
                 loaded = api.load_recipe(recipe, settings)
                 out = out or _next_free(loaded.baseline or loaded.method["name"])
                 folder = api.run(loaded, out, observer=observer, command=shlex.join(["anyrank", *sys.argv[1:]]))
-        except (KeyboardInterrupt, OSError):
+        except (KeyboardInterrupt, OSError, TransportError):
             started = resume or out
             if started and (started / "run.json").exists():
                 _errors.print(f"\nStopped. Continue with: anyrank run --resume {started}")

@@ -6,6 +6,7 @@ bytes on the same machine. Other settings agree but for rounding.
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -57,12 +58,14 @@ def settled(
     memory_gb = table.memory_gb or round(_memory(where[0]) / 2e9, 3)
     of_a_client = cost.working_bytes + cost.num_blocks * cost.block_activation_bytes
     room = max(1, int(memory_gb * 1e9 / of_a_client))  # in all processes together
-    forks = "fork" in multiprocessing.get_all_start_methods()
+    forks = sys.platform == "linux"  # macOS offers it too, where system libraries do not survive it
     workers = table.workers or (min(threads if where[0].type == "cpu" else len(where), clients, room) if forks else 1)
     most = max(1, min(room // workers, -(-clients // workers)))
     speed = _FLOPS[where[0].type, dtype]
     cohort = table.cohort or cohort_of(most, cost=cost, speed=speed, lengths=lengths, batch_size=batch_size)
-    return ComputeTable(threads=threads, workers=workers, cohort=1 if apart else cohort, memory_gb=memory_gb)
+    return table.model_copy(
+        update={"threads": threads, "workers": workers, "cohort": 1 if apart else cohort, "memory_gb": memory_gb}
+    )
 
 
 def cohort_of(most: int, *, cost: ModelCost, speed: float, lengths: Sequence[int], batch_size: int) -> int:
@@ -96,7 +99,7 @@ def _memory(device: torch.device) -> int:
     """Bytes that a device has. A GPU is asked by a process of its own: one that has used CUDA cannot fork workers that do."""
     if device.type == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if "fork" not in multiprocessing.get_all_start_methods():
+    if torch.cuda.is_initialized() or sys.platform != "linux":
         return _gpu_memory(device)
     with multiprocessing.get_context("fork").Pool(1) as pool:
         return pool.apply(_gpu_memory, (device,))

@@ -94,7 +94,7 @@ def load_classifier(
             id2label=id2label,
             label2id={name: i for i, name in id2label.items()},
             dtype=dtype,
-            attn_implementation="eager" if dtype == torch.bfloat16 and not torch.cuda.is_available() else None,
+            attn_implementation="eager" if dtype == torch.bfloat16 and not torch.cuda.device_count() else None,
             ignore_mismatched_sizes=True,
         ).eval()
 
@@ -143,7 +143,7 @@ class AdaptedModel:
 
     Attributes:
         layers: the adapted layers, input to output.
-        unbatched: why clients cannot be trained together; empty if they can.
+        unbatched: why clients cannot be trained together, as far as known (see `probe`); empty if they can.
         device: where the model is.
         dense: current values of the tensors trained whole, by parameter name, with the adapted layers' own ones.
 
@@ -196,6 +196,31 @@ class AdaptedModel:
         """Move the model."""
         self.model.to(device)
         self.device = device
+
+    @torch.no_grad()
+    def probe(self, batch: Mapping[str, Tensor]) -> None:
+        """Note in `unbatched` if something that is trained gets other rows than a batch's examples, one after the other.
+
+        DeBERTa projects positions besides, Longformer has tokens before examples: whose row is whose cannot be said there.
+
+        Args:
+            batch: what the model takes, of another length than it has examples, or tokens could be taken for these.
+        """
+        if self.unbatched:
+            return
+        odd, count = list[str](), len(next(iter(batch.values())))
+
+        def look(name: str, module: nn.Module, inputs: Any, named: Any) -> None:
+            if len(inputs[0] if inputs else next(iter(named.values()))) != count:
+                odd.append(name)
+
+        self.load(Adapter({}, self.dense))
+        with contextlib.ExitStack() as stack:
+            for name, module in {**self._modules, **self._trained}.items():
+                stack.enter_context(module.register_forward_pre_hook(partial(look, name), with_kwargs=True))
+            self.logits(batch)
+        if odd:
+            self.unbatched = f"what enters {odd[0]} is not one example after the other"
 
     @property
     def dense(self) -> dict[str, Tensor]:
@@ -488,8 +513,8 @@ class _Factor(nn.Module):
 class _Dropout(nn.Module):
     """Dropout in front of a factor (Srivastava et al., JMLR 2014): entries are zero with a chance, the others scaled up for it.
 
-    Each client draws with its own generator, and for its own tokens only, so that neither who shares the pass nor how far its
-    texts are padded changes what is dropped.
+    Each client draws with its own generator, and, where what enters is `[examples, tokens, width]`, for its own tokens only: so
+    neither who shares the pass nor how far its texts are padded changes what is dropped.
     """
 
     parts: Sequence[int] = ()

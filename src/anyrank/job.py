@@ -28,7 +28,7 @@ from anyrank.methods import METHODS, proximal, server_optimizer
 from anyrank.pretrained import Pretrained, resolve
 from anyrank.seeding import numpy_generator
 from anyrank.topology import TOPOLOGIES, Topology, check_topology
-from anyrank.train import Training
+from anyrank.train import Examples, Training
 
 __all__ = ["CHOICES", "QUICKSTART", "Job", "load_recipe", "prepare", "with_baseline"]
 
@@ -149,11 +149,12 @@ def prepare(recipe: Recipe) -> Job:
         max_grad_norm=recipe.train.max_grad_norm,
         group_by_length=recipe.train.group_by_length,
     )
+    encoded = encode(examples.train)
+    model.probe(_seven_of_four_tokens(encoded, training))
     cohort = _cohort(recipe, _fleet(recipe, examples, shards), shards)
     method = _method(recipe, cohort)
     levels = tuple(sorted({device.rank for device in cohort.fleet.values()}))
     cost = model.cost(batch_size=recipe.train.batch_size, tokens=recipe.data.max_length)
-    encoded = encode(examples.train)
     compute = settled(
         recipe.compute,
         cost=cost,
@@ -163,7 +164,6 @@ def prepare(recipe: Recipe) -> Job:
         clients=cohort.per_round,
         apart=bool(why_apart(model, local)),
     )
-    torch.set_num_threads(compute.threads or 1)
     spec = Spec(local.layers(model.layers), levels, recipe.lora.scale, recipe.seed, start, cost)
     job = Job(
         recipe=recipe.model_copy(update={"compute": compute}),
@@ -180,6 +180,11 @@ def prepare(recipe: Recipe) -> Job:
     )
     _check_ranks(job)
     return job
+
+
+def _seven_of_four_tokens(encoded: Examples, training: Training) -> Mapping[str, torch.Tensor]:
+    batch = training.collate([encoded[i % len(encoded)] for i in range(7)])
+    return {name: tensor[:, :4] if tensor.ndim == 2 else tensor for name, tensor in batch.items()}
 
 
 class _Collate:

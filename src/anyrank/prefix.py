@@ -7,8 +7,8 @@ nothing below it (`legend` with `send_frozen = false`). It does not serve method
 that one changes with every round.
 
 What is kept is a function of the client's own examples: all of them pass, in order of length, before the client trains. And
-whether it is kept is a function of its task. So the same recipe gives the same bytes, whoever trains the client, with whom,
-and wherever a run was resumed.
+whether it is kept is a function of its task, as long as the disk has room for what memory has not. So the same recipe gives
+the same bytes, whoever trains the client, with whom, and wherever a run was resumed.
 """
 
 import mmap

@@ -97,7 +97,7 @@ def _gate(layer: str) -> str:
 
 def _weak(shares: list[Tensor], p: float) -> list[int]:
     """How many slots of each layer are not among the largest, which sum to at most `p` of the whole."""
-    flat = torch.cat(shares).double()
+    flat = torch.cat(shares).double().cpu()  # sums along a list have no deterministic form on a GPU
     values, order = flat.sort(descending=True, stable=True)
     weak = torch.ones_like(flat, dtype=torch.bool)
     weak[order[values.cumsum(0) <= p * flat.sum()]] = False

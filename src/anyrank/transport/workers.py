@@ -16,6 +16,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from anyrank.adapter import Adapter
-from anyrank.errors import TransportError
+from anyrank.errors import AnyrankError, TransportError
 from anyrank.federation import Failure, Task, Update
 from anyrank.transport.in_process import InProcess
 
@@ -48,6 +49,9 @@ class Workers:
         count: how many there are.
         threads: of each.
         devices: where each has its model, in turn; none leaves it where it is.
+
+    Raises:
+        TransportError: one could not be started.
     """
 
     def __init__(self, inner: InProcess, *, count: int, threads: int, devices: Sequence[torch.device] = ()):
@@ -55,7 +59,13 @@ class Workers:
         self._inner = inner
         gc.collect()
         gc.freeze()  # a collection writes to every object that it looks at, and a page that is written to is shared no more
-        self._workers = [_fork(inner, threads, devices[i % len(devices)] if devices else None) for i in range(count)]
+        self._workers: list[_Worker] = []
+        try:
+            for i in range(count):
+                self._workers.append(_fork(inner, threads, devices[i % len(devices)] if devices else None))
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> "Workers":
         """Nothing to do: they run already."""
@@ -74,6 +84,8 @@ class Workers:
 
         Raises:
             TransportError: a worker was killed or failed.
+            AnyrankError: as a worker raised it.
+            OSError: as a worker raised it.
         """
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the cores are the workers'
@@ -87,7 +99,9 @@ class Workers:
         while shares or busy:
             while shares and idle:
                 worker, share = idle.pop(0), shares.pop(0)
-                worker.pipe.send_bytes(_dumps(share))
+                content = _dumps(share)
+                with _alive(worker, share):
+                    worker.pipe.send_bytes(content)
                 busy[worker.pipe] = worker, share
             for pipe in wait(list(busy)):
                 assert isinstance(pipe, Connection)
@@ -99,52 +113,86 @@ class Workers:
 
 
 def _received(worker: _Worker, share: Sequence[Task]) -> Any:
-    try:
-        reply = pickle.loads(worker.pipe.recv_bytes())
-    except (EOFError, ConnectionResetError) as error:
-        worker.process.join()
-        raise TransportError(
-            f"round {share[0].round}: a worker process ended with exit code {worker.process.exitcode} while it worked for "
-            f"{len(share)} clients; the system kills a process (exit code -9) where memory runs out. Lower "
-            "compute.workers, compute.cohort or train.batch_size, and resume the run."
-        ) from error
+    with _alive(worker, share):
+        content = worker.pipe.recv_bytes()
+    reply = pickle.loads(content)
+    if isinstance(reply, Exception):
+        raise reply
     if isinstance(reply, str):
         raise TransportError(f"round {share[0].round}: a worker process failed:\n{reply}")
     return reply
 
 
+@contextlib.contextmanager
+def _alive(worker: _Worker, share: Sequence[Task]) -> Iterator[None]:
+    """Have a pipe that broke say how its worker ended."""
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:
+        worker.process.join()
+        raise TransportError(
+            f"round {share[0].round}: a worker process ended with exit code {worker.process.exitcode} before its work for "
+            f"{len(share)} clients was done; the system kills a process (exit code -9) where memory runs out. Lower "
+            "compute.workers or compute.cohort when you resume the run."
+        ) from error
+
+
 def _fork(inner: InProcess, threads: int, device: torch.device | None) -> _Worker:
     """Start a worker, from a thread of its own: OpenMP's threads belong to the thread that first used them, and do not
     survive a fork. In one that never used any, the child can start its own."""
-    ours, theirs = multiprocessing.Pipe()
-    assert isinstance(ours, Connection)
-    context = multiprocessing.get_context("fork")
-    process = context.Process(target=_serve, args=(inner, ours, theirs, threads, device), daemon=True)
-    starter = threading.Thread(target=process.start)
-    starter.start()
-    starter.join()
+    try:
+        ours, theirs = multiprocessing.Pipe()
+        assert isinstance(ours, Connection)
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=_serve, args=(inner, ours, theirs, threads, device), daemon=True)
+        with ThreadPoolExecutor(1) as starter:
+            starter.submit(process.start).result()
+    except (OSError, RuntimeError) as error:  # the latter for want of a thread
+        raise TransportError(f"a worker process could not be started: {error}. Lower compute.workers.") from error
     theirs.close()
     return _Worker(process, ours)
 
 
 def _serve(inner: InProcess, parents: Connection, pipe: Connection, threads: int, device: torch.device | None) -> None:
-    """What a worker does until its pipe closes."""
+    """What a worker does until its pipe closes or its parent ends."""
     parents.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts the whole group; the parent ends us
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _keep_freed_memory()
-    if device:
-        inner.model.to(device)
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             share = pickle.loads(pipe.recv_bytes())
             try:
+                if device:
+                    inner.model.to(device)
                 for reply in inner.run(share):
                     pipe.send_bytes(_dumps(reply))
                 pipe.send_bytes(_dumps(_DONE))
-            except Exception:
-                pipe.send_bytes(_dumps(traceback.format_exc()))
+            except Exception as error:
+                pipe.send_bytes(_dumps(_told(error)))
     os._exit(0)
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed ends nobody, and who resumes its run must be alone with the clients' memory."""
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
+
+
+def _told(error: Exception) -> Exception | str:
+    """What the parent is told: an error that a user can meet as it is, of any other its traceback."""
+    if not isinstance(error, AnyrankError | OSError):
+        return traceback.format_exc()
+    error.add_note(traceback.format_exc())
+    if isinstance(error, OSError):
+        try:
+            pickle.loads(_dumps(error))
+        except Exception:  # a library's own kind
+            return OSError(str(error))
+    return error
 
 
 def _keep_freed_memory() -> None:
@@ -160,7 +208,7 @@ class _Pickler(pickle.Pickler):
 
     def __init__(self, stream: io.BytesIO):
         super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
-        self._sent: dict[Any, Any] = {}
+        self._sent: dict[Any, tuple[Mapping[str, Tensor], Any]] = {}
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, Adapter):
@@ -168,11 +216,14 @@ class _Pickler(pickle.Pickler):
             if len({tensor.dtype for tensor in tensors.values()}) == 1:
                 key = tuple((name, t.data_ptr(), t.shape, t.stride()) for name, t in tensors.items())
                 if key not in self._sent:
-                    self._sent[key] = _flat(tensors)
-                return _adapter, self._sent[key]
+                    # The tensors as well: the memory of one that is gone, as those read from disk soon are, is used again.
+                    self._sent[key] = tensors, _flat(tensors)
+                return _adapter, self._sent[key][1]
         if isinstance(obj, Tensor):
             numbers = obj.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
             return _tensor, (numbers, obj.dtype, tuple(obj.shape))
+        if isinstance(obj, AnyrankError):  # not by calling its class, which may take more than the message
+            return type(obj).__new__, (type(obj), *obj.args), vars(obj)
         return NotImplemented
 
 
