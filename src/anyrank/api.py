@@ -153,7 +153,7 @@ def _check_same(job: Job, folder: RunFolder) -> None:
 
 def _play(job: Job, folder: RunFolder, observer: Observer) -> None:
     progress = folder.load(job.spec, job.cohort.fleet, target=job.recipe.evaluate.target)
-    with _deterministic(), _threads(job.recipe.compute.threads or 1), _transport(job, folder, observer) as transport:
+    with _reproducible(job.recipe.compute.threads or 1), _transport(job, folder, observer) as transport:
         federation = _federation(job, folder, transport, observer)
         progress = progress or begin(federation, job.method.init(job.spec), job.cohort.fleet)
         observer.started(job, folder, progress)
@@ -251,25 +251,17 @@ def _clock(recipe: Recipe) -> Clock:
 
 
 @contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
-    """Have torch refuse operations whose result can differ from run to run."""
+def _reproducible(threads: int) -> Iterator[None]:
+    """Have torch refuse operations whose result can differ from run to run, and sum in so many threads."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS counts as one of them
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(threads)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        torch.use_deterministic_algorithms(before[0])
+        torch.set_num_threads(before[1])
 
 
 def _compare(job: Job, folder: RunFolder, observer: Observer) -> None:
