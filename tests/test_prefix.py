@@ -18,7 +18,6 @@ from anyrank.adapter import NOTHING, Adapter
 from anyrank.federation import Fold, Task, Update, make_task
 from anyrank.hf import AdaptedModel, Stem, entering
 from anyrank.job import Job, load_recipe, prepare
-from anyrank.memory import Memory
 from anyrank.methods import METHODS
 from anyrank.prefix import Prefix, Store, possible
 from anyrank.record import RunFolder
@@ -26,7 +25,7 @@ from anyrank.seeding import generator
 from anyrank.topology import reduce
 from anyrank.train import collated
 from anyrank.transport import InProcess, Workers
-from tiny import BERT, GPT2, bare_model, recipe_toml, write_model, write_reviews
+from tiny import BERT, GPT2, bare_model, in_process, recipe_toml, write_model, write_reviews
 
 UPPER = ["layer.1.attention.self.query", "layer.1.attention.self.value"]
 SMALL = {"vocab_size": 23, "num_labels": 3, "pad_token_id": 0, "initializer_range": 0.2}
@@ -216,19 +215,7 @@ def prefix_of(job: Job, folder: Path, **changes) -> Prefix:
 
 
 def transport(job: Job, folder: Path, prefix: Prefix | None, *, cohort: int = 1) -> InProcess:
-    return InProcess(
-        model=job.model,
-        method=job.method,
-        training=job.training,
-        data=job.encoded,
-        shards=job.cohort.shards,
-        test=job.test,
-        held_out=0.2,
-        seed=0,
-        memory=Memory(folder / "memory"),
-        cohort=cohort,
-        prefix=prefix,
-    )
+    return in_process(job, folder / "memory", cohort=cohort, prefix=prefix)
 
 
 def tasks_of(job: Job, state=None) -> list[Task]:
