@@ -21,6 +21,7 @@ from anyrank.local import LOCALS
 from anyrank.memory import Memory
 from anyrank.methods import METHODS
 from anyrank.pretrained import Pretrained
+from anyrank.problem import CLASSIFICATION
 from anyrank.topology import TOPOLOGIES
 from anyrank.train import Score, Training
 from anyrank.transport import InProcess, Transport, Workers
@@ -46,9 +47,10 @@ def anyrank(work: Work, *, dtype: str = "float32", sequential: bool = False, gro
     base = hf.load_classifier(packaged, label_names=LABELS, seed=work.seed, dtype=getattr(torch, dtype))
     model = hf.AdaptedModel(base, scale=work.scale, target_modules=work.targets)
     start = hf.read_adapter(work.folder / "start", scale=work.scale)
-    cost = model.cost(batch_size=work.batch, tokens=work.length)
-    spec = Spec(model.layers, (work.rank,), work.scale, work.seed, start, cost)
     method, examples = METHODS["fedavg"](), work.examples()
+    longest = max(examples, key=lambda example: example["length"])
+    cost = model.cost(collate([longest] * work.batch, pad_to=work.length), CLASSIFICATION.loss)
+    spec = Spec(model.layers, (work.rank,), work.scale, work.seed, start, cost)
     plan = settled(
         ComputeTable(workers=1, cohort=1) if sequential else ComputeTable(),
         cost=cost,
@@ -117,7 +119,7 @@ def _federation(work: Work, method: Method, transport: Transport) -> Federation:
         topology=TOPOLOGIES["star"](),
         transport=transport,
         clock=Clock(seed=work.seed),
-        score=lambda adapter: Score(0.0, 0.0, 0),
+        score=lambda adapter, at_end: Score(0.0, {"accuracy": 0.0}, 0),
         per_round=work.clients,
         rounds=work.rounds + 1,
         norm_limit=1000.0,

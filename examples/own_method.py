@@ -31,4 +31,4 @@ if __name__ == "__main__":
         Path(sys.argv[1]) if sys.argv[1:] else None, {"method.name": "by_rank", "method.power": 0.5}
     )
     folder = anyrank.run(recipe, Path("runs/by_rank"))
-    print(folder.path, folder.records()[-1]["accuracy"])
+    print(folder.path, folder.records()[-1]["score"])

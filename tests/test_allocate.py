@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from inspect import Parameter, signature
 
 import pytest
@@ -13,10 +14,12 @@ from anyrank.adapter import Adapter, LowRank
 from anyrank.allocate import (
     RANK_POLICIES,
     Candidate,
+    affordable,
     at_depth,
     at_own_rank,
     at_random_slots,
     at_rank,
+    auto,
     data_size,
     deal_classes,
     due,
@@ -29,8 +32,9 @@ from anyrank.allocate import (
     ratios,
     seconds_by_depth,
 )
+from anyrank.device import memory_bytes, reply_seconds
 from anyrank.errors import ConfigError
-from anyrank.federation import Device, Layer, Plan, Profile, Spec, State, Task, Update
+from anyrank.federation import Device, Layer, ModelCost, Plan, Profile, Spec, State, Task, Update
 from anyrank.seeding import numpy_generator
 from federations import COST
 
@@ -159,6 +163,96 @@ def test_every_policys_settings_are_annotated_and_keyword_only():
             assert setting.annotation is not Parameter.empty
 
 
+# The third block has the narrowest layer; adapters of rank r keep 4 r bytes for each of 3 layers, and train 14 r
+# numbers in each of the two lower blocks and 10 r in the last.
+NARROW = (Layer("q", 6, 8, 0), Layer("k", 8, 6, 1), Layer("v", 5, 5, 2))
+COSTLY = ModelCost(
+    forward_flops=10,
+    block_backward_flops=2,
+    num_blocks=3,
+    base_bytes=1000,
+    block_activation_bytes=100,
+    working_bytes=50,
+    tokens_per_step=1,
+)
+DEEP = Spec(NARROW, (1,), 2.0, 0, Adapter({}, {"head": torch.zeros(5)}), COSTLY)
+AFFORD = {"largest": 64, "memory_share": 1.0, "seconds": None}
+
+
+def of_memory(size):
+    return Device("ann", "phone", replace(PROFILE, memory_bytes=float(size)), 0, 30, 5)
+
+
+def needs(rank, depth, device=None, spec=DEEP):
+    """Bytes, and seconds of a round."""
+    device = device or of_memory(1)
+    plan = at_depth(spec, device, {layer.name: rank for layer in spec.layers}, depth)
+    dense = sum(tensor.numel() for tensor in spec.start.dense.values())
+    memory = memory_bytes(plan, model=spec.cost, layers=spec.layers, dense_parameters=dense)
+    return memory, reply_seconds(plan, device, spec)
+
+
+def test_what_a_device_affords_by_hand():
+    def at_rank(rank):
+        return 1000 + 50 + 3 * 100 + 4 * 3 * rank + 16 * (5 + 38 * rank)
+
+    assert [needs(rank, 3)[0] for rank in (1, 4)] == [at_rank(1), at_rank(4)]
+    assert affordable(DEEP, of_memory(1e9), **AFFORD) == (4, 3)  # 8 would be above a side of 5
+    assert affordable(DEEP, of_memory(1e9), **{**AFFORD, "largest": 3}) == (2, 3)
+    assert affordable(DEEP, of_memory(at_rank(4)), **AFFORD) == (4, 3)
+    assert affordable(DEEP, of_memory(at_rank(4) - 1), **AFFORD) == (2, 3)
+    assert affordable(DEEP, of_memory(2 * at_rank(2)), **{**AFFORD, "memory_share": 0.5}) == (2, 3)
+    assert affordable(DEEP, of_memory(at_rank(1) - 1), **AFFORD) == (1, 2)
+    assert affordable(DEEP, of_memory(1000), **AFFORD) == (1, 0)
+    # 5 steps of 10 + 3 x 2 seconds, and a second for each byte of 38 numbers a rank and the head.
+    seconds = 5 * 16.0 + 4 * (5 + 2 * 38)
+    assert affordable(DEEP, of_memory(1e9), **{**AFFORD, "seconds": seconds}) == (2, 3)
+    assert affordable(DEEP, of_memory(1e9), **{**AFFORD, "seconds": seconds - 1}) == (1, 3)
+    assert affordable(DEEP, of_memory(1e9), **{**AFFORD, "seconds": 1.0}) == (1, 0)
+
+
+@given(
+    memory=st.integers(900, 6000),
+    share=st.floats(0.1, 1),
+    seconds=st.none() | st.floats(60, 1500),
+    largest=st.integers(1, 9),
+)
+def test_what_a_device_affords_fits_and_no_more_would(memory, share, seconds, largest):
+    device = of_memory(memory)
+
+    def fits(rank, depth):
+        needed, taken = needs(rank, depth, device)
+        return needed <= share * memory and (seconds is None or taken <= seconds)
+
+    rank, depth = affordable(DEEP, device, largest=largest, memory_share=share, seconds=seconds)
+    assert rank in (1, 2, 4)
+    assert rank <= largest
+    assert 0 <= depth <= 3
+    if depth:
+        assert fits(rank, depth)
+    if depth == 3:
+        assert 2 * rank > min(largest, 5) or not fits(2 * rank, 3)
+    else:
+        assert rank == 1
+        assert not fits(1, depth + 1)
+
+
+def test_auto_gives_each_client_the_rank_that_its_device_affords():
+    devices = [of_memory(size) for size in (1e9, needs(2, 3)[0], 1000)]
+    clients = [
+        Candidate(f"c{i}", "phone", 30, None, partial(affordable, DEEP, device)) for i, device in enumerate(devices)
+    ]
+    assert auto(clients, rng(), memory_share=1.0) == {"c0": 4, "c1": 2, "c2": 1}
+    assert auto(clients, rng(), largest=2) == {"c0": 2, "c1": 1, "c2": 1}  # 0.8 of the memory unless told otherwise
+    assert set(auto(clients, rng(), seconds=1.0).values()) == {1}
+
+
+def test_auto_reports_everything_wrong():
+    assert len(problems_of(auto, largest=0, memory_share=1.5, seconds=0.0)) == 3
+    assert len(problems_of(auto, memory_share=0.0, seconds=float("nan"))) == 2
+    assert "which the candidates do not say" in problems_of(auto)[0]
+
+
 def test_ordered_by_hand():
     ranks, sizes = {"ann": 8, "bob": 1, "cat": 4}, {"ann": 10, "bob": 10, "cat": 5}
     assert ordered(ranks, sizes, order="as_drawn") == ranks
@@ -254,10 +348,10 @@ def test_a_depth_counts_blocks_with_adapted_layers_from_the_output():
 
 
 def test_seconds_by_depth_go_as_far_as_memory():
-    # Adapters of rank 2: 4 bytes times one token times 3 + 2 columns are kept; 16 bytes for each of 20 and 16 parameters.
+    # Adapters of rank 2: 4 bytes times one token times 2 columns are kept; 16 bytes for each of 20 and 16 parameters.
     ann = Device("ann", "phone", replace(PROFILE, memory_bytes=1e9), 2, 30, 5)
     ranks = {"q": 2, "v": 2}
-    needed = [5 * 4 + 16 * 16, 2 * 5 * 4 + 16 * (20 + 16)]
+    needed = [2 * 4 + 16 * 16, 2 * 2 * 4 + 16 * (20 + 16)]
     seconds = seconds_by_depth(SPEC, ann, ranks)
     assert seconds == [5.0, 5.0 + 4 * 16, 5.0 + 4 * 36]  # a step takes a second at any depth, a byte as well
     for memory, depths in ((needed[1], 3), (needed[1] - 1, 2), (needed[0], 2), (needed[0] - 1, 1), (0, 1)):

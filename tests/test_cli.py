@@ -117,7 +117,7 @@ def test_methods_are_listed_and_explained(anyrank):
         (["run", "--set", "rouns=2"], 2, "did you mean rounds?"),
         (["run", "--rounds", "2"], 2, "No such option"),
         (["run", "--resume", "nowhere"], 1, "nowhere holds no run"),
-        (["run", "x.toml", "--resume", "y"], 2, "leave out RECIPE and --out"),
+        (["run", "x.toml", "--resume", "y"], 2, "leave out everything but --set"),
         (["run", "--set", "=3"], 2, "--set =3: expected key=value"),
         (["report", "nowhere", "-o", "x"], 1, "nowhere"),
         (["methods", "magic"], 2, "there is no method 'magic'"),
@@ -152,7 +152,7 @@ def test_only_a_run_that_was_begun_is_said_to_go_on(anyrank, recipe):
 def test_a_baseline_that_is_not_evaluated_yet_is_said_so(anyrank, recipe):
     anyrank("run", recipe, "--set", "rounds=1", "--set", 'compare=["strong_only"]', "--out", "run")
     file = Path("run/compare/strong_only/rounds.jsonl")
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"accuracy": None}) + "\n")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"score": None, "metrics": None}) + "\n")
     code, out, _ = anyrank("run", "--resume", "run")
     assert code == 0
     assert "not evaluated" in next(line for line in out.splitlines() if "strong_only baseline" in line)

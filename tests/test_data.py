@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import BertTokenizerFast
@@ -109,8 +110,9 @@ def test_the_size_suits_a_demo(docs):
 
 
 def test_only_understanding_helps_much(docs):
-    assert majority(docs) == 0.5
-    assert 0.7 < overlap(docs) < 0.85
+    labels = np.array(docs.test["label"][:])
+    assert np.mean(majority(docs) == labels) == 0.5
+    assert 0.7 < np.mean(overlap(docs) == labels) < 0.85
 
 
 def test_a_signature_is_words_and_a_docstring_its_first_paragraph(tmp_path):
@@ -274,6 +276,66 @@ def test_a_test_part_without_labels_gives_way_to_the_validation_part(tmp_path, c
     assert "the test part has no labels in column 'mood'" in caplog.text
 
 
+def test_a_folder_with_a_file_for_each_client(tmp_path):
+    for client, kind, texts in (("ann", "jsonl", ["a", "b"]), ("bob", "csv", ["c"]), ("cy", "parquet", ["d"])):
+        write(tmp_path / "d" / f"{client}.{kind}", text=texts, mood=[len(client) - 2] * len(texts))
+    (tmp_path / "d" / "label_names.json").write_text('["down", "up"]')
+    (tmp_path / "d" / "notes.txt").write_text("no data")
+    found = data.parts(str(tmp_path / "d"))
+    assert found.train.to_dict() == {
+        "text": ["a", "b", "c", "d"],
+        "mood": [1, 1, 1, 0],
+        "file": ["ann", "ann", "bob", "cy"],
+    }
+    assert found.test is None
+    assert load(tmp_path / "d").label_names == ("down", "up")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_column_may_be_empty_in_some_clients_files(tmp_path, suffix):
+    for client, context in {"ann": None, "bob": "some", "cy": None}.items():
+        write(tmp_path / "d" / f"{client}.{suffix}", text=["a"], context=[context])
+    assert data.parts(str(tmp_path / "d")).train["context"][:] == [None, "some", None]
+
+
+def test_files_of_clients_with_other_columns_are_all_named(tmp_path):
+    write(tmp_path / "d" / "ann.csv", text=["a"], mood=["up"])
+    write(tmp_path / "d" / "bob.csv", text=["b"], mod=["up"])
+    write(tmp_path / "d" / "cy.csv", text=["c"], mood=[3])
+    write(tmp_path / "d" / "dan.csv", text=["d"], mood=["up"])
+    with pytest.raises(ConfigError) as caught:
+        data.parts(str(tmp_path / "d"))
+    text = str(caught.value)
+    assert (
+        "bob.csv: its columns are text (string), mod (string), but those of ann.csv are text (string), mood (str"
+        in text
+    )
+    assert "cy.csv: its columns are text (string), mood (int64)" in text
+    assert "dan.csv" not in text
+
+
+def test_clients_files_have_no_column_for_the_file_yet(tmp_path):
+    write(tmp_path / "d" / "ann.csv")
+    (tmp_path / "d" / "ann.csv").write_text("text,file\na,x\n")
+    with pytest.raises(
+        ConfigError, match=r"ann\.csv: a column 'file' is added, which says whose a row is; rename its own"
+    ):
+        data.parts(str(tmp_path / "d"))
+
+
+def test_a_variable_in_a_path(tmp_path, monkeypatch):
+    write(tmp_path / "d" / "a.csv")
+    monkeypatch.setenv("MY_DATA", str(tmp_path))
+    assert load("$MY_DATA/d/a.csv").fingerprint == load(tmp_path / "d" / "a.csv").fingerprint
+    assert len(load("${MY_DATA}/d/a.csv", test="$MY_DATA/d/a.csv").test) == len(ROWS["text"])
+    monkeypatch.delenv("MY_DATA")
+    assert "data.source: $MY_DATA/d/a.csv names a variable that is not set in the environment" in problem(
+        "$MY_DATA/d/a.csv"
+    )
+    text = problem(tmp_path / "d" / "a.csv", test="$MY_DATA/b.csv")
+    assert "data.test: $MY_DATA/b.csv names a variable that is not set" in text
+
+
 def test_progress_bars_come_back(tmp_path, capfd):
     load(write(tmp_path / "a.csv"))
     assert "Generating" not in capfd.readouterr().err
@@ -367,9 +429,9 @@ def test_sources_that_are_not_there_or_not_data(tmp_path, source, expected):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"text": ()}, r"data\.text: expected one column, or two different ones"),
+        ({"text": ()}, r"problem\.text: expected one column, or two different ones"),
         ({"text": ("text", "text")}, "expected one column, or two different ones"),
-        ({"text": ("text", "mood")}, r"data\.text: expected neither the label column"),
+        ({"text": ("text", "mood")}, r"problem\.text: expected neither the label column"),
         ({"test_share": 1.0}, r"data\.test_share: expected a number between 0 and 1.*got 1.0"),
         ({"test": "gone.csv"}, "gone.csv: there is no such file"),
     ],
@@ -406,7 +468,7 @@ def tokenizer(tmp_path) -> BertTokenizerFast:
 
 def test_pairs_are_tokenised_in_order_and_not_padded(tokenizer):
     pairs = Dataset.from_dict({"one": ["a b", ""], "two": ["c", "b"], "label": [1, 0]})
-    encoded = encode(pairs, tokenizer, text=("one", "two"), max_length=8)
+    encoded, _ = encode(pairs, tokenizer, text=("one", "two"), max_length=8)
     assert encoded["input_ids"][:] == [[2, 5, 6, 3, 7, 3], [2, 3, 6, 3]]
     assert encoded["token_type_ids"][:] == [[0, 0, 0, 0, 1, 1], [0, 0, 1, 1]]
     assert encoded["labels"][:] == [1, 0]
@@ -415,8 +477,8 @@ def test_pairs_are_tokenised_in_order_and_not_padded(tokenizer):
 
 def test_long_texts_are_cut(tokenizer):
     one = Dataset.from_dict({"one": ["a b c a b c"], "label": [0]})
-    encoded = encode(one, tokenizer, text=("one",), max_length=4)
-    assert encoded["input_ids"][:] == [[2, 5, 6, 3]]
+    encoded, cut = encode(one, tokenizer, text=("one",), max_length=4)
+    assert (encoded["input_ids"][:], cut) == ([[2, 5, 6, 3]], 1)
     assert set(encoded.column_names) == {"input_ids", "token_type_ids", "attention_mask", "labels", "length"}
 
 
@@ -436,13 +498,15 @@ def test_overlap_counts_shared_words_whatever_their_case_and_spelling():
     for number in range(60):
         first, second = rng.sample(words, 2)
         rows.append((f"get {first}", f"The '{(first if number % 2 else second).upper()}_'", number % 2))
-    assert overlap(labelled(rows)) == 1.0
+    assert overlap(labelled(rows)).tolist() == [label for *_, label in rows]
     assert overlap(labelled(rows, text=("one",))) is None
+    assert overlap(labelled(rows[::2])) is None
 
 
 def test_majority_takes_the_most_frequent_training_label():
     data_set = labelled([("a", "b", 1), ("a", "b", 1), ("a", "b", 0)])
-    assert majority(data_set) == pytest.approx(2 / 3)
+    assert majority(data_set).tolist() == [1, 1, 1]
+    assert majority(labelled([("a", "b", 1), ("a", "b", 0)])).tolist() == [0, 0]
 
 
 # Real data

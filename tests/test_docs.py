@@ -17,17 +17,24 @@ from typing import Any, get_args, get_origin
 import click
 import pytest
 import typer
+from datasets import Dataset
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import anyrank
-from anyrank import config
+from anyrank import config, trackers
 from anyrank.cli import app
-from anyrank.config import Baseline, Recipe
+from anyrank.config import Baseline, Recipe, Tracker
 from anyrank.device import PROFILES
 from anyrank.job import CHOICES, load_recipe
 from anyrank.local import LOCALS
 from anyrank.methods import METHODS, describe, overview
+from anyrank.problems import PROBLEMS
+from anyrank.problems.chat import FORMS, TEMPLATES, conversation, format_of
+from anyrank.problems.classification import REGRESSION
+from anyrank.problems.images import IMAGES
+from anyrank.problems.language import LANGUAGE
+from anyrank.problems.words import WORDS
 from test_layers import ROWS
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +44,7 @@ LISTED = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
 FILES = [ROOT / name for name in subprocess.check_output(LISTED, cwd=ROOT, text=True).splitlines()]
 PAGES = sorted(path for path in FILES if path.suffix == ".md" and path.exists())
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+PROBLEM_PAGE = DOCS / "problems/README.md"
 
 
 def named(path: Path) -> str:
@@ -54,6 +62,11 @@ def marked(page: Path, marker: str) -> str:
 
 def fenced(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def under(page: Path, heading: str) -> str:
+    """What stands under a heading of the second level."""
+    return read(page).partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
 
 
 def rows(text: str) -> list[list[str]]:
@@ -157,17 +170,15 @@ def keys(fields: dict[str, FieldInfo], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + name, "required" if field.is_required() else written(field.default)
 
 
-def arguments() -> Iterator[tuple[str, str, str]]:
-    """Every argument that a table with a `name` accepts: name, key, default."""
-    for chosen in ("topology", "partition", "ranks"):  # those of methods and ways of training are on their own pages
-        for name, function in CHOICES[chosen].items():
-            for field, info in config._schema(chosen, function).model_fields.items():
-                if field != "name":
-                    yield (
-                        f"`{name}`",
-                        f"`{chosen}.{field}`",
-                        "required" if info.is_required() else written(info.default),
-                    )
+def arguments(chosen: str, name: str) -> Iterator[tuple[str, str, str]]:
+    """Every argument that a function of a table of choice accepts: name, key, default."""
+    for field, info in config._schema(chosen, CHOICES[chosen][name]).model_fields.items():
+        if field != "name":
+            yield (
+                f"`{name}`",
+                f"`{chosen}.{field}`",
+                "required" if info.is_required() else written(info.default),
+            )
 
 
 def test_every_recipe_key_is_documented_with_its_default():
@@ -177,28 +188,101 @@ def test_every_recipe_key_is_documented_with_its_default():
 
 def test_every_argument_of_a_choice_is_documented_with_its_default():
     found = [row for row in rows(read(DOCS / "recipes.md")) if len(row) == 5 and row[1]]
-    assert sorted((row[0], row[1], row[3]) for row in found) == sorted(arguments())
+    here = ("topology", "partition", "ranks")  # problems, methods and ways of training have pages of their own
+    wanted = [each for table in here for name in CHOICES[table] for each in arguments(table, name)]
+    assert sorted((row[0], row[1], row[3]) for row in found) == sorted(wanted)
 
 
 def test_every_choice_and_baseline_is_documented():
     page = read(DOCS / "recipes.md")
-    chosen = [name for table in ("topology", "partition", "ranks") for name in CHOICES[table]]
+    chosen = [name for table in ("problem", "topology", "partition", "ranks") for name in CHOICES[table]]
     for name in [*get_args(Baseline), *chosen]:
         assert f"`{name}`" in page, name
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=named)
-def test_a_recipe_loads_and_names_its_method_and_paper(path):
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem in METHODS], ids=named)
+def test_a_recipe_of_a_method_loads_and_names_its_method_and_paper(path):
     method = load_recipe(path).method["name"]
     assert method == path.stem
     paper = describe(method)["paper"]
     number = re.search(r"\d{4}\.\d{5}", paper)
     assert (number[0] if number else paper.rpartition(", ")[2]) in read(path).partition("\n\n")[0]
-    assert f"({path.name})" in read(ROOT / "recipes/README.md")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=named)
+def test_a_recipe_loads_and_is_listed(path):
+    """Those of a method beside them, those of a problem on its page."""
+    assert load_recipe(path).problem["name"] in PROBLEMS
+    of_a_method = path.stem in METHODS
+    assert (f"({path.name})" if of_a_method else f"/recipes/{path.name})") in read(
+        ROOT / "recipes/README.md" if of_a_method else PROBLEM_PAGE
+    )
 
 
 def test_every_method_has_a_recipe():
-    assert {path.stem for path in RECIPES} == set(METHODS) - {"local_only"}
+    assert {path.stem for path in RECIPES} >= set(METHODS) - {"local_only"}
+
+
+# Problems
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_problem_has_a_section_with_its_arguments_and_is_listed(name):
+    text = under(PROBLEM_PAGE, name)
+    page = re.search(r"\]\((\w+\.md)\)", text) if "a page of its" in text.replace("\n", " ") else None
+    found = rows(read(DOCS / "problems" / page[1]) if page else text)
+    keyed = [(f"`{name}`", row[0], row[2]) for row in found if row[0].startswith("`problem.")]
+    assert sorted(keyed) == sorted(arguments("problem", name))
+    assert f"| [`{name}`](#{name}) |" in read(PROBLEM_PAGE)
+
+
+def test_every_page_is_of_a_problem():
+    linked = re.findall(r"\]\((\w+\.md)\)", read(PROBLEM_PAGE))
+    assert {page.name for page in (DOCS / "problems").glob("*.md")} == {*linked, "README.md"}
+
+
+@pytest.mark.parametrize("name", sorted(set(PROBLEMS) - {"image_classification"}))
+def test_the_recipe_of_a_problem_is_one(name):
+    """And it is short."""
+    (text,) = fenced(under(PROBLEM_PAGE, name), "toml")
+    assert config.resolve(tomllib.loads(text), {}, CHOICES).problem["name"] == name
+    assert len(text.splitlines()) <= 10
+
+
+def test_the_forms_of_conversations_are_those_that_are_read():
+    (lines,) = fenced(under(PROBLEM_PAGE, "instruction"), "json")
+    for line in lines.splitlines():
+        row = json.loads(line)
+        form = FORMS[format_of(Dataset.from_list([row]), {}, where="here")]
+        talk = conversation(row, form, {}, where="here")
+        assert talk is not None, line
+        assert talk.messages[-1]["role"] == "assistant"
+    named_forms = {row[0].strip("`") for row in rows(under(PROBLEM_PAGE, "instruction"))}
+    columns = {name for form in FORMS.values() for name in form.columns({})}
+    assert columns <= set(re.findall(r"`(\w+)`", under(PROBLEM_PAGE, "instruction")))
+    assert named_forms >= set(TEMPLATES)
+
+
+def test_the_metrics_of_the_problems_are_listed_with_the_first_in_front():
+    listed = {row[0]: re.findall(r"`(\w+)`", row[3]) for row in rows_of_links(PROBLEM_PAGE)}
+    objectives = {
+        "regression": REGRESSION,
+        "token_classification": WORDS,
+        "image_classification": IMAGES,
+        "language": LANGUAGE,
+        "instruction": LANGUAGE,
+    }
+    for name, objective in objectives.items():
+        assert listed[name][: len(objective.metrics)] == [metric.name for metric in objective.metrics]
+    written = "".join(read(path) for path in [*(SOURCE / "problems").glob("*.py"), SOURCE / "problem.py"])
+    assert set(re.findall(r'Metric\(\s*"(\w+)"', written)) <= {name for names in listed.values() for name in names}
+
+
+def rows_of_links(page: Path) -> list[list[str]]:
+    """The cells of every table row that begins with a link on code, whose text stands for it."""
+    lines = [line for line in read(page).splitlines() if line.startswith("| [`")]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return [[re.sub(r"\[`(\w+)`\].*", r"\1", first), *rest] for first, *rest in cells]
 
 
 # The README
@@ -240,7 +324,7 @@ def options(command: click.Command) -> set[str]:
 
 
 def section(command: str) -> str:
-    return read(DOCS / "commands.md").partition(f"\n## `anyrank {command}`\n")[2].partition("\n## ")[0]
+    return under(DOCS / "commands.md", f"`anyrank {command}`")
 
 
 @pytest.mark.parametrize("name", COMMANDS.commands)
@@ -273,12 +357,44 @@ def test_every_field_of_a_round_and_of_run_json_is_documented():
     assert fields >= literal_keys("api.py", "_info")
 
 
+def test_every_field_of_what_lies_beside_an_adapter_is_documented():
+    text = read(DOCS / "run-folder.md").partition("\n### `anyrank.json`\n")[2].partition("\n##")[0]
+    assert set(re.findall(r"`(\w+)`", "\n".join(row[0] for row in rows(text)))) == literal_keys("results.py", "_save")
+
+
 def literal_keys(file: str, function: str) -> set[str]:
     """The keys of the outermost dictionary written in a function."""
     nodes = [node for node in ast.walk(ast.parse(read(SOURCE / file))) if isinstance(node, ast.FunctionDef)]
     (body,) = [node for node in nodes if node.name == function]
     first = next(node for node in ast.walk(body) if isinstance(node, ast.Dict) and len(node.keys) > 3)
     return {key.value for key in first.keys if isinstance(key, ast.Constant)}
+
+
+# Extras and trackers
+
+
+def test_every_extra_is_named():
+    extras = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
+    pages = "".join(read(page) for page in PAGES if "log" not in page.name)
+    for name in extras:
+        assert f"anyrank[{name}]" in pages or f"`{name}`" in read(ROOT / "README.md"), name
+
+
+def test_every_tracker_has_an_extra_and_is_documented():
+    extras = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
+    for name in get_args(Tracker):
+        assert f"| `{name}` | `anyrank[{name}]` |" in read(DOCS / "trackers.md")
+        assert f"`{name}`" in read(DOCS / "recipes.md")
+        assert {requirement(each) for each in extras[name]} >= {alias(each) for each in trackers._NEEDED[name]}
+
+
+def requirement(text: str) -> str:
+    return re.split(r"[<>=]", text)[0]
+
+
+def alias(module: str) -> str:
+    """What the package is called that a module is imported from."""
+    return {"mlflow": "mlflow-skinny"}.get(module, module)
 
 
 # Links, and what must not stand in public files

@@ -69,7 +69,7 @@ def federation(clients: Clients | None = None, **changes) -> Federation:
         "transport": clients or Clients(),
         "topology": TOPOLOGIES["star"](),
         "clock": Clock(seed=0),
-        "score": lambda adapter: Score(loss=1.0, accuracy=float(adapter.num_parameters), num_examples=7),
+        "score": lambda adapter, at_end: Score(1.0, {"accuracy": float(adapter.num_parameters)}, 7),
         "per_round": 4,
         "rounds": 3,
         "norm_limit": 1000.0,
@@ -114,11 +114,12 @@ def test_the_record_of_a_round():
     assert record == {
         "round": 1,
         "truncation_error": None,
-        "accuracy": float(after.state.adapter.num_parameters),
+        "score": float(after.state.adapter.num_parameters),
         "loss": 1.0,
-        "class_accuracy": {str(rank): float(rank * (4 + 6 + 5 + 3) + 6) for rank in (1, 2, 4)},
+        "metrics": {"accuracy": float(after.state.adapter.num_parameters)},
+        "class_scores": {str(rank): float(rank * (4 + 6 + 5 + 3) + 6) for rank in (1, 2, 4)},
         "federated": {
-            "accuracy": pytest.approx(0.1 * 0.25 + 0.2 * 0.5 + 0.7),
+            "score": pytest.approx(0.1 * 0.25 + 0.2 * 0.5 + 0.7),
             "std": pytest.approx(0.32476, abs=1e-4),
             "min": 0.25,
             "max": 1.0,
@@ -166,8 +167,8 @@ def test_time_and_rounds_add_up():
 @pytest.mark.parametrize(("every", "evaluated"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (10, [5])])
 def test_evaluation_every_few_rounds_and_in_the_last(every, evaluated):
     found = play(federation(rounds=5, evaluation=Evaluation(every=every)))
-    assert [after.state.round for after in found if after.record["accuracy"] is not None] == evaluated
-    assert [after.state.round for after in found if after.record["class_accuracy"] is not None] == [5]
+    assert [after.state.round for after in found if after.record["score"] is not None] == evaluated
+    assert [after.state.round for after in found if after.record["class_scores"] is not None] == [5]
 
 
 def test_the_last_round_asks_every_client_to_evaluate_and_the_others_only_the_sampled():
@@ -201,9 +202,9 @@ def test_how_often_is_evaluated_changes_nothing_else():
 def test_a_personal_method_is_scored_client_by_client():
     run = federation(method=METHODS["local_only"](), rounds=1)
     (after,) = play(run)
-    assert after.record["accuracy"] == sum(RANKS.values()) / 4 / 4  # what the clients' own models got
+    assert after.record["score"] == sum(RANKS.values()) / 4 / 4  # what the clients' own models got
     assert [task.plan.client for task in run.transport.asked if task.kind == "test"] == list(RANKS)
-    assert after.record["class_accuracy"] is None
+    assert after.record["class_scores"] is None
 
 
 def test_replies_are_announced_as_they_come():
@@ -528,19 +529,21 @@ def test_a_run_stops_at_its_target():
     scores = rising([0.1, 0.6, *[0.5] * 2])  # the global adapter in each round, at the end its two smaller classes
     run = federation(
         rounds=5,
-        score=lambda adapter: Score(1.0, scores(), 7),
+        score=lambda adapter, at_end: Score(1.0, {"accuracy": scores()}, 7),
         evaluation=Evaluation(target=0.5, stop_at_target=True),
     )
     found = play(run)
     assert [after.record["target_seconds"] for after in found] == [None, found[1].seconds]
-    assert found[0].record["class_accuracy"] is None
-    assert found[1].record["class_accuracy"] == {"1": 0.5, "2": 0.5, "4": 0.6}
+    assert found[0].record["class_scores"] is None
+    assert found[1].record["class_scores"] == {"1": 0.5, "2": 0.5, "4": 0.6}
     assert play(run, found[-1]) == []  # also when it is resumed
 
 
 def test_a_run_that_goes_on_remembers_when_it_first_reached_its_target():
     scores = rising([0.1, 0.6, 0.2, *[0.9] * 3])
-    run = federation(rounds=4, score=lambda adapter: Score(1.0, scores(), 7), evaluation=Evaluation(target=0.5))
+    run = federation(
+        rounds=4, score=lambda adapter, at_end: Score(1.0, {"accuracy": scores()}, 7), evaluation=Evaluation(target=0.5)
+    )
     found = play(run)
     assert [after.target_seconds for after in found] == [None, *[found[1].seconds] * 3]
 

@@ -31,7 +31,7 @@ def test_a_method_of_ones_own_is_chosen_like_any_other(recipe, monkeypatch, caps
         METHODS.update(before)
     info = json.loads(Path("runs/by_rank/run.json").read_text())
     assert info["recipe"]["method"] == {"name": "by_rank", "power": 0.5}
-    assert own["folder"].records()[-1]["accuracy"] > 0.7
+    assert own["folder"].records()[-1]["score"] > 0.7
     assert "runs/by_rank" in capsys.readouterr().out
 
 

@@ -13,7 +13,9 @@ import transformers
 from anyrank import hf, lowrank
 from anyrank.adapter import Adapter, LowRank
 from anyrank.errors import ConfigError
+from anyrank.federation import ModelCost
 from anyrank.pretrained import Pretrained, resolve
+from anyrank.problem import CLASSIFICATION
 from anyrank.seeding import generator
 from tiny import WORDS, bare_model, write_model
 
@@ -322,16 +324,23 @@ def test_half_precision_is_read_as_float32(base, tmp_path):
     assert {tensor.dtype for tensor in read.tensors().values()} == {torch.float32}
 
 
-def test_costs_do_not_depend_on_which_layers_are_adapted(base):
-    every = adapted(base).cost(batch_size=4, tokens=8)
-    model = hf.load_classifier(base, label_names=LABELS, seed=0)
-    lowest = hf.AdaptedModel(model, scale=2.0, target_modules=["encoder.layer.0.attention.self.query"])
-    assert lowest.cost(batch_size=4, tokens=8) == every
+def cost(model: hf.AdaptedModel) -> ModelCost:
+    return model.cost(
+        {**batch(), "labels": torch.zeros(len(batch()["input_ids"]), dtype=torch.long)}, CLASSIFICATION.loss
+    )
+
+
+def test_a_pooler_belongs_to_the_last_block(base):
+    every = cost(adapted(base))
     pooled = hf.AdaptedModel(
         hf.load_classifier(base, label_names=LABELS, seed=0), scale=2.0, target_modules=["query", "pooler.dense"]
     )
     assert [layer.block for layer in pooled.layers] == [0, 1, 1]
-    assert pooled.cost(batch_size=4, tokens=8) == every
+    assert (
+        (cost(pooled).num_blocks, cost(pooled).base_bytes)
+        == (every.num_blocks, every.base_bytes)
+        == (2, every.base_bytes)
+    )
     model = hf.load_classifier(base, label_names=LABELS, seed=0)
     (pooler,) = hf.AdaptedModel(model, scale=2.0, target_modules=["pooler.dense"]).layers
     assert pooler.block == 1
@@ -382,7 +391,7 @@ def test_dropout_acts_in_training_alone_and_keeps_the_mean(base):
     model = hf.AdaptedModel(
         hf.load_classifier(base, label_names=LABELS, seed=0), scale=2.0, target_modules=["query"], dropout=0.25
     )
-    drop = next(module for module in model.model.modules() if isinstance(module, hf._Dropout))
+    drop = next(module for module in model.model.modules() if isinstance(module, hf.layers.Dropout))
     x, drop.attended = torch.ones(8, 50, 32), torch.ones(8, 50)
     assert torch.equal(drop(x), x)
     drop.rngs = [torch.Generator().manual_seed(0)]
@@ -394,7 +403,7 @@ def test_dropout_acts_in_training_alone_and_keeps_the_mean(base):
 def test_padding_does_not_change_what_is_dropped(base):
     def dropped(width: int, beside: int) -> torch.Tensor:
         """Of a client with two texts of 3 and 5 tokens, padded to a width, beside one with other texts."""
-        drop = hf._Dropout(0.5)
+        drop = hf.layers.Dropout(0.5)
         drop.parts, drop.rngs = (2, beside), [torch.Generator().manual_seed(seed) for seed in (1, 2)]
         drop.attended = torch.ones(2 + beside, width)
         drop.attended[0, 3:], drop.attended[1, 5:] = 0, 0

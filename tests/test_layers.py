@@ -11,20 +11,23 @@ import anyrank
 
 ROWS = [
     "cli",
+    "own_data",
     "display",
     "api report",
-    "job",
-    "record baselines compute",
+    "answers",
+    "results probe hub trackers",
+    "job card",
+    "record baselines compute problems",
     "engine",
     "transport topology",
     "client",
     "fused prefix",
     "train methods memory spool",
     "hf allocate local wire config",
-    "device clock pretrained data",
+    "device clock pretrained data problem footprint",
     "federation",
     "lowrank",
-    "adapter seeding",
+    "adapter seeding paths plain",
     "errors",
 ]
 LEVEL = {module: level for level, row in enumerate(reversed(ROWS)) for module in row.split()}

@@ -83,7 +83,7 @@ def task_of(job, *, steps: int = 3, **changes) -> Task:
 def trained(job, task: Task, local: Local, *, learning_rate: float = 1e-2) -> Adapter:
     training = replace(job.training, local=local, learning_rate=learning_rate)
     rng = generator("order")
-    return train(job.model, task, task.start, job.encoded, training=training, method=job.method, rng=rng)[0]
+    return train(job.model, task, task.start, job.problem.train, training=training, method=job.method, rng=rng)[0]
 
 
 @names
@@ -91,7 +91,7 @@ def test_a_model_learns_and_what_is_sent_is_an_adapter_like_the_one_received(job
     task = task_of(job, steps=24)
     rate = 2e-3 if name in ("lora_plus", "lora_rite") else 1e-2  # these two move further at the same rate
     adapter = trained(job, task, LOCALS[name](), learning_rate=rate)
-    before, after = (evaluate(job.model, it, job.test, training=job.training) for it in (task.start, adapter))
+    before, after = (evaluate(job.model, it, job.problem.test, training=job.training) for it in (task.start, adapter))
     assert after.loss < 0.8 * before.loss
     sent, received = adapter.tensors(), task.start.tensors()
     assert {key: (it.shape, it.dtype) for key, it in sent.items()} == {

@@ -21,7 +21,7 @@ from anyrank.seeding import generator
 from anyrank.topology import combine
 from anyrank.train import evaluate, train
 from federations import assert_close
-from test_hf import FAMILIES, batch, families, merged, some_adapter, split
+from test_hf import FAMILIES, batch, cost, families, merged, some_adapter, split
 from tiny import bare_model, recipe_toml, write_model, write_reviews
 
 TARGETS = torch.tensor([0, 1, 2, 0])
@@ -66,7 +66,7 @@ def test_a_token_by_hand():
         LowRank(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.5]])),
         LowRank(torch.eye(2), torch.tensor([[0.0, 2.0]])),
     ]
-    layer = hf._Mixture(base, experts, 2.0, tau=0.5)
+    layer = hf.layers.Mixture(base, experts, 2.0, tau=0.5)
     x = torch.tensor([[1.0, 1.0]])
     assert_close(layer(x), torch.tensor([[2 + 0.5 * 3 + 0.5 * 4]]))  # outputs are 2 * 1.5 and 2 * 2; gates are alike
     # z = (3, 4) / 5; logits (0.6, 0) over tau = 0.5.
@@ -94,7 +94,7 @@ def test_every_token_has_gates_of_its_own():
     rng = generator("tokens")
     x, base = torch.randn(2, 3, 4, generator=rng), torch.nn.Linear(4, 5)
     experts = [LowRank(torch.randn(r, 4, generator=rng), torch.randn(5, r, generator=rng)) for r in (1, 2, 3)]
-    layer = hf._Mixture(base, experts, 0.5, tau=0.25)
+    layer = hf.layers.Mixture(base, experts, 0.5, tau=0.25)
     layer.gate.copy_(torch.randn(3, 15, generator=rng))
     answer = layer(x)
     for example in range(2):
@@ -109,7 +109,7 @@ def test_every_token_has_gates_of_its_own():
 
 def test_experts_that_say_nothing_leave_numbers_finite():
     zero = LowRank(torch.ones(1, 4), torch.zeros(5, 1))
-    layer = hf._Mixture(torch.nn.Linear(4, 5), [zero, zero], 1.0, tau=1.0)
+    layer = hf.layers.Mixture(torch.nn.Linear(4, 5), [zero, zero], 1.0, tau=1.0)
     layer(torch.ones(1, 4)).sum().backward()
     assert layer.gate.grad is not None
     assert torch.isfinite(layer.gate.grad).all()
@@ -159,7 +159,7 @@ def test_only_gates_temperatures_and_the_head_are_trained(family):
 def test_experts_are_part_of_the_base_that_a_device_holds_and_computes():
     bare, experts, model = mixed("bert")
     plain = hf.AdaptedModel(bare, scale=2.0, target_modules=FAMILIES["bert"][1])
-    ours, theirs = (it.cost(batch_size=4, tokens=8) for it in (model, plain))
+    ours, theirs = cost(model), cost(plain)
     factors = sum(Adapter(expert.layers).num_parameters for expert in experts)
     assert ours.base_bytes == theirs.base_bytes + 4 * factors
     assert ours.forward_flops > theirs.forward_flops
@@ -194,7 +194,7 @@ def learned(job, *, clients: int, steps: int = 3, seed: int = 0) -> tuple[Any, l
         task = make_task(job.method, state, replace(plan, steps=steps))
         rng = generator(plan.client, seed)
         how: Any = {"training": job.training, "method": job.method, "rng": rng}
-        adapter, metrics = train(job.model, task, task.start, job.encoded, **how)
+        adapter, metrics = train(job.model, task, task.start, job.problem.train, **how)
         inbox.append((task, Update(plan.client, 1, adapter, 1, metrics)))
     return state, inbox
 
@@ -206,13 +206,18 @@ def test_a_run_mixes_is_averaged_and_written_down(recipe, tmp_path):
     final, start = run.final_adapter(), job.spec.start
     assert set(final.ranks.values()) == {0}
     assert {tensor.numel() for name, tensor in final.dense.items() if name.endswith(GATE)} == {2 * 2 * 32, 2 * 2 * 48}
-    score = evaluate(job.model, final, job.test, training=job.training)
-    assert score.loss < 0.9 * evaluate(job.model, start, job.test, training=job.training).loss
-    assert score.accuracy == pytest.approx(run.records()[-1]["accuracy"])
+    score = evaluate(job.model, final, job.problem.test, training=job.training)
+    assert score.loss < 0.9 * evaluate(job.model, start, job.problem.test, training=job.training).loss
+    assert score.metrics["accuracy"] == pytest.approx(run.records()[-1]["score"])
     assert any("ranks in the recipe are not used" in remark for remark in job.remarks)
     # What is written: gates and head, from which the same model comes back; the experts stay where they are.
     adapter = run.path / "adapter"
-    assert {file.name for file in adapter.iterdir()} == {"mixture.json", "mixture.safetensors", "README.md"}
+    assert {file.name for file in adapter.iterdir()} == {
+        "README.md",
+        "anyrank.json",
+        "mixture.json",
+        "mixture.safetensors",
+    }
     about = json.loads((adapter / "mixture.json").read_text())
     assert about["experts"] == chosen.local["experts"]
     card = (adapter / "README.md").read_text()
@@ -251,7 +256,7 @@ def test_the_balancing_term_keeps_every_expert_in_use(recipe):
     for balance in (0.0, 10.0):
         job = prepare(recipe(local__balance=balance, train__learning_rate=0.1))
         _, ((_, update),) = learned(job, clients=1, steps=20)
-        evaluate(job.model, update.adapter, job.test, training=job.training)
+        evaluate(job.model, update.adapter, job.problem.test, training=job.training)
         smallest[balance] = float(job.model.mean_gates().min())
     assert smallest[10.0] > smallest[0.0] + 0.02
     assert smallest[10.0] == pytest.approx(0.5, abs=0.02)

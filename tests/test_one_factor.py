@@ -587,7 +587,7 @@ def test_local_training_leaves_the_frozen_factor_alone(recipe, name, round):
     state = replace(state, round=round - 1)
     plan = replace(job.method.assign(state, list(job.cohort.fleet.values()))[0], steps=2)
     task = Task("train", round, plan, job.method.dispatch(state, plan))
-    asked = Assignment(task, {"train": job.encoded})
+    asked = Assignment(task, {"train": job.problem.train})
     update, kept = work(job.model, job.method, asked, training=job.training, seed=0)
     assert kept is None
     for layer, part in update.adapter.layers.items():
@@ -604,9 +604,9 @@ def test_a_clients_own_B_is_trained_on_and_scored(recipe, tmp_path):
             job.model,
             job.method,
             job.training,
-            job.encoded,
+            job.problem.train,
             job.cohort.shards,
-            job.test,
+            job.problem.test,
             held_out=0.25,
             seed=0,
             memory=Memory(tmp_path),

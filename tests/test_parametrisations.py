@@ -23,7 +23,7 @@ from anyrank.seeding import generator
 from anyrank.topology import combine
 from anyrank.train import evaluate, train
 from federations import assert_close
-from test_hf import FAMILIES, batch, families, merged, same, save, some_adapter, split
+from test_hf import FAMILIES, batch, cost, families, merged, same, save, some_adapter, split
 from tiny import bare_model, recipe_toml, write_model, write_reviews
 
 TARGETS = torch.tensor([0, 1, 2, 0])
@@ -71,7 +71,7 @@ def answers_as_stock_peft(job: Job, folder: RunFolder) -> bool:
     """What is exported answers as the run's own model with its final adapter."""
     final = job.training.local.spread(folder.final_adapter())
     job.model.load(final)
-    model = hf.load_classifier(job.base, label_names=job.examples.label_names, seed=0)
+    model = hf.load_classifier(job.base, label_names=job.problem.label_names, seed=0)
     inputs = batch()
     ours = job.model.model(**inputs).logits
     return torch.allclose(stock(model, folder.path / "adapter")(**inputs).logits, ours, atol=1e-4)
@@ -310,8 +310,9 @@ def test_changes_are_exported_as_products_of_their_exact_rank(family, tmp_path):
 
 @families
 def test_costs_do_not_depend_on_what_becomes_of_the_weights(family):
-    costs = {adapted(family, weights)[1].cost(batch_size=4, tokens=8) for weights in ("lora", "dora", "whole")}
-    assert len(costs) == 1
+    costs = [cost(adapted(family, weights)[1]) for weights in ("lora", "dora", "whole")]
+    assert len({(each.base_bytes, each.num_blocks, each.tokens_per_step) for each in costs}) == 1
+    assert [each.forward_flops for each in costs] == pytest.approx([costs[0].forward_flops] * 3, rel=0.05)
 
 
 def test_the_server_takes_the_mean_of_the_weights(recipe):
@@ -325,7 +326,7 @@ def test_the_server_takes_the_mean_of_the_weights(recipe):
             job.model,
             replace(task, plan=replace(task.plan, steps=3)),
             task.start,
-            job.encoded,
+            job.problem.train,
             training=job.training,
             method=job.method,
             rng=generator(task.plan.client),
@@ -450,7 +451,7 @@ def test_a_run_with_shared_pairs_is_averaged_once_and_exported_in_the_models_lay
     assert sum(part.A.numel() + part.B.numel() for part in final.layers.values()) == 4 * per_slot
     small = anyrank.export(folder.path, 1, tmp_path / "small")
     assert set(small.ranks.values()) == {1}
-    assert "accuracy" not in (tmp_path / "small" / "README.md").read_text()  # no client is sent this adapter
+    assert "This adapter was not scored." in (tmp_path / "small" / "README.md").read_text()  # no client is sent it
     with pytest.raises(ConfigError, match="can only start from the base model"):
         prepare(recipe(local__name="msplora", lora__start=str(folder.path / "adapter")))
 
@@ -467,7 +468,9 @@ def test_folds_reach_all_layers_of_a_brick_in_training_and_in_evaluation(recipe)
     assert len(applied.layers) == 2
     for part in applied.layers.values():
         assert_close(part.product, fold.product)
-    data = [job.encoded[i] for i in range(8)]  # one batch, so that the loss of the first step is that of the start
+    data = [
+        job.problem.train[i] for i in range(8)
+    ]  # one batch, so that the loss of the first step is that of the start
     how: Any = {"training": job.training}
     _, metrics = train(job.model, task, task.start, data, method=job.method, rng=generator("order"), **how)
     with_fold = evaluate(job.model, task.start, data, frozen=task.applied, **how)

@@ -202,8 +202,8 @@ def job(tiny) -> Job:
 def prefix_of(job: Job, folder: Path, **changes) -> Prefix:
     settings = {
         "layers": job.spec.layers,
-        "data": job.encoded,
-        "lengths": np.asarray(job.encoded["length"]),
+        "data": job.problem.train,
+        "lengths": np.asarray(job.problem.train["length"]),
         "shards": job.cohort.shards,
         "per_round": job.cohort.per_round,
         "in_memory": 10**9,
@@ -375,9 +375,12 @@ def test_what_is_kept_depends_on_the_client_alone(job, tmp_path):
 
 
 def test_some_without_states_make_a_batch_without(job):
-    items = [{**job.encoded[0], "entering": torch.zeros(job.encoded[0]["length"], 32), "block": 1}, job.encoded[1]]
+    items = [
+        {**job.problem.train[0], "entering": torch.zeros(job.problem.train[0]["length"], 32), "block": 1},
+        job.problem.train[1],
+    ]
     batch = collated(items, job.training)
-    plain = collated([job.encoded[0], job.encoded[1]], job.training)
+    plain = collated([job.problem.train[0], job.problem.train[1]], job.training)
     assert batch.keys() == plain.keys()
     assert all(torch.equal(batch[name], plain[name]) for name in plain)
 
@@ -387,7 +390,7 @@ def test_some_without_states_make_a_batch_without(job):
 
 def test_beyond_its_memory_it_is_in_a_file_and_the_same(job, tmp_path):
     tasks = tasks_of(job)
-    size = 32 * 4 * int(np.sum(np.asarray(job.encoded["length"])))
+    size = 32 * 4 * int(np.sum(np.asarray(job.problem.train["length"])))
     updates = []
     for in_memory in (size, size // 3, 1):
         folder = tmp_path / str(in_memory)
@@ -414,7 +417,7 @@ def test_clients_for_whom_there_is_no_room_do_without(job, tmp_path, monkeypatch
     assert difference(crowded, plain) == 0.0
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 4000})())
     first = next(iter(job.cohort.shards))
-    some = int(np.asarray(job.encoded["length"])[job.cohort.shards[first]].sum()) * 32 * 4
+    some = int(np.asarray(job.problem.train["length"])[job.cohort.shards[first]].sum()) * 32 * 4
     prefix = prefix_of(job, tmp_path, in_memory=some)
     assert next(client for client in job.cohort.shards if client in prefix.store) == first
     assert not all(client in prefix.store for client in job.cohort.shards)

@@ -1,5 +1,6 @@
-"""What a checkpoint holds of the devices: what a run has learned, whatever the number of clients."""
+"""What is read back of a run: what it has learned of the devices, when it reached a target, which formats."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,9 @@ from anyrank.record import RunFolder
 from anyrank.wire import decode, encode
 from toy import FLEET, SPEC, federation
 
-INFO = dict.fromkeys(["recipe", "rounds", "method", "versions", "data", "fleet", "modules_to_save"])
+INFO = dict.fromkeys(
+    ["recipe", "rounds", "method", "metric", "references", "versions", "data", "fleet", "modules_to_save"]
+)
 CROWD = {f"client {i:03}": replace(FLEET["ann"], client=f"client {i:03}") for i in range(1000)}
 
 
@@ -88,3 +91,38 @@ def test_a_checkpoint_of_another_fleet_is_refused(tmp_path, fleet):
     folder, _ = played(tmp_path / "run", CROWD)
     with pytest.raises(RecordError, match="clients are not those"):
         folder.load(SPEC, fleet)
+
+
+@pytest.mark.parametrize(
+    ("scores", "target", "higher", "reached"),
+    [
+        ([0.5, 0.7, 0.6, 0.8], 0.7, True, 20.0),
+        ([0.5, 0.7, 0.6, 0.8], 0.9, True, None),
+        ([40.0, None, 15.0, 12.0], 15.0, False, 30.0),
+        ([40.0, None, 15.0, 12.0], 11.0, False, None),
+        ([None, None, None, -0.1], -0.5, True, 40.0),
+        ([40.0, 20.0, 15.0, 12.0], None, False, None),
+    ],
+)
+def test_when_a_target_was_reached_is_worked_out_anew(tmp_path, scores, target, higher, reached):
+    folder, _ = played(tmp_path / "run", FLEET, rounds=4)
+    lines = [
+        record | {"score": score, "simulated_seconds": 10.0 * record["round"]}
+        for record, score in zip(folder.records(), scores, strict=True)
+    ]
+    (folder.path / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folder.update_info(metric={"name": "some", "higher_is_better": higher})
+    assert folder.load(SPEC, FLEET, target=target).target_seconds == reached
+
+
+def test_a_run_of_the_format_before_is_refused_with_what_can_still_be_done(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", INFO)
+    folder.update_info(format=1)
+    with pytest.raises(RecordError, match=r"not a run of format 2; it says 1\. `anyrank report` can still show it"):
+        RunFolder.open(folder.path)
+
+
+def test_a_run_without_a_metric_is_none(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", {key: value for key, value in INFO.items() if key != "metric"})
+    with pytest.raises(RecordError, match="lacks metric"):
+        RunFolder.open(folder.path)

@@ -18,7 +18,21 @@ from anyrank.errors import RecordError
 from anyrank.methods.fedavg import fedavg
 from anyrank.record import FORMAT, RunFolder
 from anyrank.report import render, runs
-from anyrank.report.charts import Axis, Bar, Column, Level, Point, Series, areas, bars, columns, lines, ticks
+from anyrank.report.charts import (
+    Axis,
+    Bar,
+    Column,
+    Level,
+    Point,
+    Series,
+    areas,
+    bars,
+    columns,
+    lines,
+    ratio_ticks,
+    ticks,
+)
+from anyrank.report.text import score
 from federations import Setup, state_of
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -29,7 +43,8 @@ FLEET = {
 }
 INFO = {
     "anyrank": "0.1.0",
-    "format": 1,
+    "format": FORMAT,
+    "metric": {"name": "accuracy", "higher_is_better": True},
     "recipe": {
         "seed": 7,
         "rounds": 3,
@@ -46,8 +61,9 @@ INFO = {
     "machine": {"cores": 2},
     "commit": "abc1234",
     "data": {"fingerprint": "f00d", "train": 1200, "test": 300, "label_names": ["no", "yes"]},
-    "references": {"majority": 0.501, "overlap": 0.742},
+    "references": {"before training": 0.496, "majority class": 0.501, "word overlap": 0.742},
     "fleet": FLEET,
+    "remarks": [],
 }
 
 
@@ -56,7 +72,8 @@ def entry(number, **changes):
     accuracy = 0.5 + number / 10
     return {
         "round": number,
-        "accuracy": accuracy,
+        "score": accuracy,
+        "metrics": {"accuracy": accuracy},
         "loss": 0.7 - number / 10,
         "train_loss": 0.6,
         "bytes_up": 1_000_000,
@@ -66,11 +83,55 @@ def entry(number, **changes):
         "planned_ranks": {"json": 4, "asyncio": 8},
         "returned_ranks": {"json": 4, "asyncio": 8},
         "energy": {"1-4": 0.75, "5-8": 0.25},
-        "class_accuracy": {"4": accuracy - 0.02, "8": accuracy},
-        "federated": {"accuracy": accuracy - 0.01, "std": 0.055, "min": 0.4, "max": 0.9, "clients": 2},
+        "class_scores": {"4": accuracy - 0.02, "8": accuracy},
+        "federated": {"score": accuracy - 0.01, "std": 0.055, "min": 0.4, "max": 0.9, "clients": 2},
         "rejected": [],
         "target_seconds": None,
     } | changes
+
+
+def entry_of_lm(number, **changes):
+    """The same of a run that is scored by perplexity: 40 after the first round, 20 after the second, and so on."""
+    value = 40.0 / number
+    return (
+        entry(
+            number,
+            score=value,
+            metrics={"perplexity": value},
+            class_scores={"4": value + 5, "8": value},
+            federated={"score": value + 1, "std": 0.5, "min": value - 1, "max": value + 3, "clients": 2},
+        )
+        | changes
+    )
+
+
+PERPLEXITY = {
+    "metric": {"name": "perplexity", "higher_is_better": False},
+    "references": {"before training": 50.0},
+    "data": {"fingerprint": "f00d", "train": 1200, "test": 300},
+}
+
+
+def write_lm_run(path, entries=None, **changes):
+    entries = [entry_of_lm(1), entry_of_lm(2), entry_of_lm(3)] if entries is None else entries
+    return write_run(path, entries, **(PERPLEXITY | changes))
+
+
+def write_old_run(path):
+    """A run as it was written when there was no choice of metrics."""
+    run = write_run(path, format=1, references={"majority": 0.501, "overlap": None})
+    info = json.loads((run / "run.json").read_text())
+    del info["metric"], info["remarks"]
+    (run / "run.json").write_text(json.dumps(info))
+    lines = []
+    for line in map(json.loads, (run / "rounds.jsonl").read_text().splitlines()):
+        accuracy, own = line.pop("score"), line["federated"]
+        line |= {"accuracy": accuracy, "class_accuracy": line.pop("class_scores")}
+        line["federated"] = {"accuracy": own.pop("score"), **own}
+        del line["metrics"]
+        lines.append(json.dumps(line) + "\n")
+    (run / "rounds.jsonl").write_text("".join(lines))
+    return run
 
 
 def write_run(path, entries=None, **changes):
@@ -152,12 +213,12 @@ def texts(svg, kind):
 def everything(tmp_path):
     """Several runs that together make every part of the page appear."""
     first = write_run(tmp_path / "first")
-    centralised = entry(1, accuracy=0.83, energy={"1-8": 1.0}, class_accuracy={"8": 0.83})
+    centralised = entry(1, score=0.83, energy={"1-8": 1.0}, class_scores={"8": 0.83})
     write_run(first / "compare" / "centralised", [centralised], baseline="centralised", method={"name": "zero_padding"})
     shrunk = entry(2, returned_ranks={"json": 2, "asyncio": 5})
     lost = entry(3, rejected=[{"client": "email", "stage": "late", "reason": "after 31.0 s"}])
     second = write_run(tmp_path / "second", [entry(1), shrunk, lost], method={"name": "hetlora"})
-    return [first, second]
+    return [first, second, write_lm_run(tmp_path / "third", remarks=["Texts are cut into windows."])]
 
 
 # --- what the page says -------------------------------------------------------------------------------------------
@@ -176,19 +237,19 @@ def test_the_header_names_method_model_and_data(run):
 def test_what_needs_no_training_stands_beside_the_runs(run):
     page = read(run)
     assert page.row("word overlap")[3] == "74.2 %"
-    assert page.row("majority label")[3] == "50.1 %"
+    assert page.row("majority class")[3] == "50.1 %"
 
 
 def test_references_of_different_data_are_told_apart(run, tmp_path):
-    other = write_run(tmp_path / "second", references={"majority": 0.6, "overlap": None})
+    other = write_run(tmp_path / "second", references={"majority class": 0.6})
     page = read(run, other)
-    assert page.row("majority label (first)")[3] == "50.1 %"
-    assert page.row("majority label (second)")[3] == "60.0 %"
+    assert page.row("majority class (first)")[3] == "50.1 %"
+    assert page.row("majority class (second)")[3] == "60.0 %"
     assert page.row("word overlap")[3] == "74.2 %"
 
 
 def test_the_best_round_need_not_be_the_last(tmp_path):
-    run = write_run(tmp_path / "run", [entry(1), entry(2, accuracy=0.9), entry(3, accuracy=None)])
+    run = write_run(tmp_path / "run", [entry(1), entry(2, score=0.9), entry(3, score=None)])
     assert read(run).row("run")[3:5] == ["90.0 %", "90.0 % round 2"]
 
 
@@ -219,7 +280,7 @@ def test_a_run_that_stopped_at_its_target_is_finished(tmp_path):
 
 
 def test_a_round_that_was_not_measured_is_left_out_of_the_curve(tmp_path):
-    entries = [entry(1), entry(2, accuracy=None), entry(3, accuracy=float("nan")), entry(4)]
+    entries = [entry(1), entry(2, score=None), entry(3, score=float("nan")), entry(4)]
     page = render([write_run(tmp_path / "run", entries, rounds=4)])
     tips = [title.text for title in chart(page, "Accuracy over rounds").iter("title")]
     assert [tip.split("\n")[0] for tip in tips] == ["run, round 1", "run, round 4"]
@@ -233,7 +294,7 @@ def test_a_number_that_is_not_finite_is_null_in_the_record_and_left_out_of_the_p
     (line,) = (path / "rounds.jsonl").read_text().splitlines()
     found = json.loads(line, parse_constant=pytest.fail)
     assert (found["loss"], found["train_loss"], found["energy"]) == (None, None, {"1-4": None, "5-8": 1.0})
-    assert found["accuracy"] == record["accuracy"]
+    assert found["score"] == record["score"]
     assert render([path])
 
 
@@ -246,7 +307,7 @@ def test_a_compared_run_of_one_round_is_a_level_with_its_name(tmp_path):
 
 
 def test_a_reference_far_below_the_curves_does_not_squeeze_them(tmp_path):
-    high = [entry(number, accuracy=0.9 + number / 100) for number in (1, 2, 3)]
+    high = [entry(number, score=0.9 + number / 100) for number in (1, 2, 3)]
     labels = texts(chart(render([write_run(tmp_path / "run", high)]), "Accuracy over rounds"), "level-label")
     assert labels == []
 
@@ -278,7 +339,7 @@ def test_a_method_that_plans_one_rank_for_everyone_is_shown_as_it_plans(tmp_path
 
 
 def test_ranks_over_rounds_are_shown_where_clients_prune(tmp_path):
-    first, second = everything(tmp_path)
+    first, second, _ = everything(tmp_path)
     assert "Mean rank over rounds" not in render([first])
     shrinking = chart(render([second]), "Mean rank over rounds")
     # json (4 -> 2) and email (never asked, 4) are weak; asyncio (8 -> 5) is strong; then round 3 gives back 4 and 8.
@@ -300,7 +361,7 @@ def test_bands_are_in_the_order_of_their_ranks(tmp_path):
 
 
 def test_accuracy_by_rank_is_the_last_that_was_measured(tmp_path):
-    run = write_run(tmp_path / "run", [entry(1), entry(2), entry(3, class_accuracy=None)])
+    run = write_run(tmp_path / "run", [entry(1), entry(2), entry(3, class_scores=None)])
     assert texts(chart(render([run]), "Accuracy by rank"), "value") == [
         "68.0\N{NO-BREAK SPACE}%", "70.0\N{NO-BREAK SPACE}%",
     ]  # fmt: skip
@@ -339,6 +400,134 @@ def test_every_round_is_in_a_table(run):
         "2", "70.0 %", "69.0 %", "0.500", "0.600", "1.0", "2.0", "0:03:20", "0:00:04",
         "2", "2", "6.0", "6.0", "75.0 %", "25.0 %",
     ]  # fmt: skip
+
+
+def test_a_run_by_perplexity_in_numbers(tmp_path):
+    page = read(write_lm_run(tmp_path / "run"))
+    assert page.row("run")[3:6] == ["13.33", "13.33 round 3", "14.33 ± 0.50"]
+    assert page.row("before training")[3] == "50.00"
+    assert "Perplexity, lower is better" in page.text
+    assert "Perplexity 13.33 before training 50.00" in page.text
+    assert "12.33 to 16.33 over 2 clients" in page.text
+    assert "ccuracy" not in page.text
+    assert next(row[1:4] for row in page.rows if row[0] == "2") == ["20.00", "21.00", "0.500"]
+
+
+def test_the_best_round_is_the_lowest_where_lower_is_better(tmp_path):
+    run = write_lm_run(tmp_path / "run", [entry_of_lm(1), entry_of_lm(3), entry_of_lm(4, score=15.0)])
+    assert read(run).row("run")[3:5] == ["15.00", "13.33 round 3"]
+
+
+def test_a_target_is_a_value_of_the_metric(tmp_path):
+    aim = {"every": 1, "target": 15, "stop_at_target": False}
+    run = write_lm_run(tmp_path / "run", evaluate=aim)
+    page = render([run])
+    assert Reader(page).row("run")[9] == "– 15.00 not reached"
+    assert "target 15.00" in texts(chart(page, "Perplexity over rounds"), "level-label")
+
+
+def test_an_axis_fits_its_metric(tmp_path):
+    steep = [entry_of_lm(1, score=900.0), entry_of_lm(2), entry_of_lm(3)]
+    few, many = (render([write_lm_run(tmp_path / name, entries)]) for name, entries in (("few", None), ("many", steep)))
+    assert texts(chart(few, "Perplexity over rounds"), "tick")[:4] == ["10", "20", "30", "40"]
+    assert "ogarithmic" not in few
+    assert texts(chart(many, "Perplexity over rounds"), "tick")[:7] == ["10", "20", "50", "100", "200", "500", "1,000"]
+    assert "Lower is better, logarithmic axis." in many
+
+
+@pytest.mark.parametrize(("start", "drawn"), [(50.0, ["before training 50.00"]), (500.0, [])])
+def test_a_reference_far_above_the_curves_is_left_out_where_lower_is_better(tmp_path, start, drawn):
+    page = render([write_lm_run(tmp_path / "run", references={"before training": start})])
+    assert texts(chart(page, "Perplexity over rounds"), "level-label") == drawn
+
+
+def test_bars_by_rank_reach_the_largest_score(tmp_path):
+    bars = chart(render([write_lm_run(tmp_path / "run")]), "Perplexity by rank")
+    assert texts(bars, "value") == ["18.33", "13.33"]
+    widths = [float(node.get("width")) for node in bars.iter("rect")]
+    assert widths[1] == pytest.approx(widths[0] * 13.333 / 18.333, abs=0.02)
+
+
+def test_a_correlation_can_be_negative(tmp_path):
+    worse = entry(1, score=-0.0214, class_scores={"4": -0.02, "8": 0.1})
+    better = entry(2, score=0.3, class_scores=None)
+    page = render([write_run(tmp_path / "run", [worse, better], metric=INFO["metric"] | {"name": "matthews"})])
+    assert texts(chart(page, "Matthews by rank"), "value") == ["-0.020", "0.100"]
+    assert "matthews -0.021" in next(iter(chart(page, "Matthews over rounds").iter("title"))).text
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "text"),
+    [
+        ("f1", 0.81234, "81.2\N{NO-BREAK SPACE}%"),
+        ("rougeL", 1, "100.0\N{NO-BREAK SPACE}%"),
+        ("pearson", 0.81234, "0.812"),
+        ("perplexity", 12.3456, "12.35"),
+        ("perplexity", 50257, "50,257"),
+        ("perplexity", 1.25e30, "1.25e+30"),
+        ("accuracy", None, "–"),
+    ],
+)
+def test_shares_are_in_percent_and_everything_else_has_a_few_digits(metric, value, text):
+    assert score(metric, value) == text
+
+
+def test_further_metrics_of_the_last_evaluation(tmp_path):
+    measured = {"accuracy": 0.7, "f1": 0.65, "matthews": None}
+    run = write_run(tmp_path / "run", [entry(1), entry(2, metrics=measured), entry(3, score=None, metrics=None)])
+    page = read(run)
+    assert "All metrics of the last evaluation Run Accuracy F1" in page.text
+    assert next(row for row in page.rows if "65.0\N{NO-BREAK SPACE}%" in row) == [
+        "run", "70.0\N{NO-BREAK SPACE}%", "65.0\N{NO-BREAK SPACE}%",
+    ]  # fmt: skip
+    assert "Further metrics" in page.text
+
+
+def test_a_single_metric_needs_no_table_of_metrics(run):
+    assert "metrics" not in read(run).text
+
+
+def test_runs_by_different_metrics_share_no_axis(tmp_path):
+    first, second = write_run(tmp_path / "first"), write_lm_run(tmp_path / "second")
+    page = render([first, second])
+    for title, tip in (("Accuracy over rounds", "first"), ("Perplexity over rounds", "second")):
+        assert {node.text.split(",")[0] for node in chart(page, title).iter("title")} == {tip}
+    reader = Reader(page)
+    assert "By accuracy: first." in reader.text
+    assert "By perplexity: second." in reader.text
+    assert reader.row("first")[2:5] == ["accuracy", "3", "80.0 %"]
+    assert reader.row("second")[2:5] == ["perplexity lower is better", "3", "13.33"]
+    assert [row[2] for row in reader.rows if row[:1] == ["before training"]] == ["accuracy", "perplexity"]
+
+
+def test_a_score_that_is_not_finite_is_not_shown(tmp_path):
+    spoilt = entry_of_lm(3, score=None, metrics={"perplexity": None}, class_scores={"4": None, "8": 9.0})
+    spoilt["federated"] |= {"score": None, "std": None, "max": None}
+    lines = [entry_of_lm(1), entry_of_lm(2), spoilt]
+    page = render([write_lm_run(tmp_path / "run", lines, references={"before training": None})])
+    assert Reader(page).row("run")[3:6] == ["20.00", "20.00 round 2", "21.00 ± 0.50"]
+    assert "before training" not in page
+    assert texts(chart(page, "Perplexity by rank"), "value") == ["9.000"]
+
+
+def test_a_run_without_a_choice_of_metrics_reads_as_one_by_accuracy(tmp_path):
+    new = write_run(tmp_path / "new" / "run", references={"majority class": 0.501})
+    old = write_old_run(tmp_path / "old" / "run")
+    assert render([old]) == render([new])
+
+
+def test_old_and_new_runs_are_compared(tmp_path):
+    page = render([write_old_run(tmp_path / "old"), write_run(tmp_path / "new")])
+    assert {node.text.split(",")[0] for node in chart(page, "Accuracy over rounds").iter("title")} == {"old", "new"}
+    assert Reader(page).row("majority class")[3] == "50.1 %"
+
+
+def test_remarks_say_whose_they_are_unless_they_are_everyones(tmp_path):
+    first = write_run(tmp_path / "first", remarks=["Both.", "Mine."])
+    second = write_run(tmp_path / "second", remarks=["Both."])
+    page = read(first, second)
+    assert "Remarks Both. first: Mine." in page.text
+    assert "Remarks" not in read(write_run(tmp_path / "third")).text
 
 
 def test_folders_of_one_name_are_told_apart_by_where_they_are(tmp_path):
@@ -434,14 +623,16 @@ def test_a_truncated_run_json(run, text):
         render([run])
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"format": 2}', "null"])
+@pytest.mark.parametrize("text", ["[]", "{}", f'{{"format": {FORMAT + 1}}}', "null"])
 def test_a_foreign_format(run, text):
     (run / "run.json").write_text(text)
-    with pytest.raises(RecordError, match="reads format 1"):
+    with pytest.raises(RecordError, match="reads formats 1 and 2"):
         render([run])
 
 
-@pytest.mark.parametrize("changes", [{"recipe": {}}, {"recipe": None}, {"fleet": {"a": {}}}, {"fleet": 3}])
+@pytest.mark.parametrize(
+    "changes", [{"recipe": {}}, {"recipe": None}, {"fleet": {"a": {}}}, {"fleet": 3}, {"metric": {}}]
+)
 def test_a_run_json_that_is_none(tmp_path, changes):
     folder = write_run(tmp_path / "run")
     (folder / "run.json").write_text(json.dumps(INFO | changes))
@@ -464,7 +655,7 @@ def test_a_cut_through_a_letter_is_ignored(run):
     assert render([run]) == whole
 
 
-@pytest.mark.parametrize("line", ["nonsense", "3", '{"round": 2}', json.dumps(entry(2, accuracy="high"))])
+@pytest.mark.parametrize("line", ["nonsense", "3", '{"round": 2}', json.dumps(entry(2, score="high"))])
 def test_a_broken_line_is_named(run, line):
     lines = (run / "rounds.jsonl").read_text().splitlines()
     (run / "rounds.jsonl").write_text("\n".join([lines[0], line, lines[2], ""]))
@@ -486,6 +677,21 @@ def test_ticks_are_even_few_and_enclose_the_data(a, b, whole):
     assert len(steps) == 1
     assert 2 <= len(found) <= 9
     assert not whole or all(tick == int(tick) for tick in found)
+
+
+@given(st.floats(1e-6, 1e9), st.floats(2, 1e40))
+def test_ticks_of_ratios_are_few_and_enclose_the_data(low, ratio):
+    found = ratio_ticks(low, low * ratio)
+    assert found[0] <= low * (1 + 1e-5)
+    assert low * ratio <= found[-1] * (1 + 1e-5)
+    assert found == sorted(set(found))
+    assert 2 <= len(found) <= 9
+
+
+def test_equal_distances_are_equal_ratios_on_a_logarithmic_axis():
+    svg = ElementTree.fromstring(lines([ramp(0, 1, 10, 100)], title="t", x=Axis("x"), y=Axis("y", log=True)))
+    places = [float(pair.split(",")[1]) for pair in svg.find(".//polyline").get("points").split()]
+    assert places[0] - places[1] == pytest.approx(places[1] - places[2], abs=0.02)
 
 
 def test_ticks_are_round_numbers():

@@ -300,7 +300,7 @@ def trained(job, *, steps=6, order="order"):
     task = make_task(job.method, state, replace(plan, steps=steps))
     rng = generator(order)
     adapter, metrics = train(
-        job.model, task, task.start, job.encoded, training=job.training, method=job.method, rng=rng
+        job.model, task, task.start, job.problem.train, training=job.training, method=job.method, rng=rng
     )
     return task.start, adapter, metrics
 

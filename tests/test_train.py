@@ -37,7 +37,9 @@ def task_of(job, *, steps=3, **changes) -> Task:
 def trained(job, *, steps=3, local=None, key="order", penalty=None, **changes) -> tuple[Adapter, dict[str, float]]:
     task = task_of(job, steps=steps, **changes)
     method = job.method._replace(local=local, penalty=penalty)
-    return train(job.model, task, task.start, job.encoded, training=job.training, method=method, rng=generator(key))
+    return train(
+        job.model, task, task.start, job.problem.train, training=job.training, method=method, rng=generator(key)
+    )
 
 
 def equal(one: Adapter, other: Adapter) -> bool:
@@ -47,7 +49,7 @@ def equal(one: Adapter, other: Adapter) -> bool:
 def test_training_is_a_function_of_its_arguments_whoever_trained_before(job):
     first, loss = trained(job)
     trained(job, key="someone else", steps=5)
-    evaluate(job.model, first, job.test, training=job.training)
+    evaluate(job.model, first, job.problem.test, training=job.training)
     again, same_loss = trained(job)
     assert equal(first, again)
     assert loss == same_loss
@@ -83,13 +85,13 @@ def test_a_method_may_bring_its_own_way_of_training(job):
 
     still = LOCALS["lora"]()._replace(on_grad=stop)
     task = task_of(job)
-    asked = Assignment(task, {"train": job.encoded})
+    asked = Assignment(task, {"train": job.problem.train})
     update, kept = work(job.model, job.method._replace(local=still), asked, training=job.training, seed=0)
     assert kept is None
     assert isinstance(update, Update)
     assert update.adapter
     assert equal(update.adapter, task.start)
-    assert update.metrics["examples"] == examples_in(task.plan.steps, num_examples=len(job.encoded), batch_size=8)
+    assert update.metrics["examples"] == examples_in(task.plan.steps, num_examples=len(job.problem.train), batch_size=8)
 
 
 def test_a_penalty_pulls(job):
@@ -109,8 +111,10 @@ def test_the_last_batch_of_an_epoch_is_smaller(steps, examples):
 
 def test_scores_do_not_depend_on_how_examples_are_batched(job):
     adapter, _ = trained(job)
-    whole = evaluate(job.model, adapter, job.test, training=job.training)
-    alone = [evaluate(job.model, adapter, [job.test[i]], training=job.training) for i in range(len(job.test))]
-    assert whole.accuracy == sum(score.accuracy for score in alone) / len(alone)
+    whole = evaluate(job.model, adapter, job.problem.test, training=job.training)
+    alone = [
+        evaluate(job.model, adapter, [job.problem.test[i]], training=job.training) for i in range(len(job.problem.test))
+    ]
+    assert whole.metrics["accuracy"] == sum(score.metrics["accuracy"] for score in alone) / len(alone)
     assert whole.loss == pytest.approx(sum(score.loss for score in alone) / len(alone), abs=1e-5)
     assert isinstance(job.model, hf.AdaptedModel)

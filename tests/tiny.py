@@ -108,10 +108,12 @@ rounds = 3
 name = "{method}"
 [model]
 name = "{model}"
-[data]
-source = "{reviews}"
+[problem]
+name = "classification"
 text = ["sentence"]
 max_length = 16
+[data]
+source = "{reviews}"
 [partition]
 name = "iid"
 clients = 6
@@ -140,9 +142,9 @@ def in_process(job: Job, memory: Path, **changes) -> InProcess:
         "model": job.model,
         "method": job.method,
         "training": job.training,
-        "data": job.encoded,
+        "data": job.problem.train,
         "shards": job.cohort.shards,
-        "test": job.test,
+        "test": job.problem.test,
         "held_out": 0.2,
         "seed": 0,
         "memory": Memory(memory),

@@ -135,9 +135,9 @@ class Clients:
 def federation(method: Method, topology: Topology | None = None, **changes) -> Federation:
     """A federation of the four linear clients."""
 
-    def score(adapter: Adapter) -> Score:
+    def score(adapter: Adapter, at_end: bool) -> Score:
         loss = whole_loss(adapter)
-        return Score(loss, 1 / (1 + loss), 160)
+        return Score(loss, {"accuracy": 1 / (1 + loss)}, 160)
 
     settings = {
         "method": method,

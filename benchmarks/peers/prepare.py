@@ -53,7 +53,7 @@ def write_texts(work: Work) -> None:
     tokenizer = hf.load_tokenizer(Pretrained(work.model, MODEL))
     pairs = {}
     for part, texts in stdlib_docs().items():
-        encoded = data.encode(texts, tokenizer, text=["signature", "docstring"], max_length=work.length)
+        encoded, _ = data.encode(texts, tokenizer, text=["signature", "docstring"], max_length=work.length)
         columns = zip(encoded["input_ids"], encoded["labels"], strict=True)
         pairs[part] = [{"input_ids": ids, "labels": label} for ids, label in columns]
     examples = pairs["train"] if work.mixed else _cut(pairs["train"], work.length)

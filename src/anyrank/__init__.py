@@ -6,7 +6,7 @@
 
     recipe = anyrank.load_recipe(overrides={"method.name": "rbla", "rounds": 6})
     folder = anyrank.run(recipe, Path("runs/rbla"))
-    print(folder.records()[-1]["accuracy"])
+    print(folder.records()[-1]["score"])
 
 Importing this package loads nothing heavy; the names below are looked up when they are first used.
 """
@@ -18,15 +18,19 @@ from anyrank.errors import AnyrankError, ConfigError, RecordError, RoundFailed, 
 
 if TYPE_CHECKING:
     from anyrank.adapter import Adapter, LowRank
-    from anyrank.api import Observer, check, export, load_recipe, resume, run
+    from anyrank.answers import generate, merge, score
+    from anyrank.api import Observer, check, load_recipe, resume, run
     from anyrank.federation import Claims, Device, Local, Method, Plan, Profile, Spec, State, Task, Update
     from anyrank.methods import METHODS
+    from anyrank.problem import Answers, Metric, Objective, Problem
     from anyrank.record import RunFolder
     from anyrank.report import render as render_report
+    from anyrank.results import export
 
 __all__ = [
     "METHODS",
     "Adapter",
+    "Answers",
     "AnyrankError",
     "Claims",
     "ConfigError",
@@ -34,8 +38,11 @@ __all__ = [
     "Local",
     "LowRank",
     "Method",
+    "Metric",
+    "Objective",
     "Observer",
     "Plan",
+    "Problem",
     "Profile",
     "RecordError",
     "RoundFailed",
@@ -48,17 +55,23 @@ __all__ = [
     "UpdateRejected",
     "check",
     "export",
+    "generate",
     "load_recipe",
+    "merge",
     "render_report",
     "resume",
     "run",
+    "score",
 ]
 
 _HOME = {
     **dict.fromkeys(["Adapter", "LowRank"], "adapter"),
     **dict.fromkeys(["Claims", "Device", "Local", "Method", "Plan"], "federation"),
     **dict.fromkeys(["Profile", "Spec", "State", "Task", "Update"], "federation"),
-    **dict.fromkeys(["Observer", "check", "export", "load_recipe", "resume", "run"], "api"),
+    **dict.fromkeys(["Answers", "Metric", "Objective", "Problem"], "problem"),
+    **dict.fromkeys(["Observer", "check", "load_recipe", "resume", "run"], "api"),
+    "export": "results",
+    **dict.fromkeys(["generate", "merge", "score"], "answers"),
     "METHODS": "methods",
     "RunFolder": "record",
     "render_report": "report",

@@ -22,10 +22,12 @@ from anyrank.seeding import numpy_generator
 __all__ = [
     "RANK_POLICIES",
     "Candidate",
+    "affordable",
     "at_depth",
     "at_own_rank",
     "at_random_slots",
     "at_rank",
+    "auto",
     "data_size",
     "deal_classes",
     "due",
@@ -40,6 +42,12 @@ __all__ = [
 ]
 
 
+def _unknown(**settings: object) -> tuple[int, int]:
+    raise ConfigError(
+        "ranks.name: auto goes by what each device affords, which the candidates do not say; give them `afford`"
+    )
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A client that is to get a rank.
@@ -49,12 +57,14 @@ class Candidate:
         kind: its device class.
         num_examples: its training examples.
         class_rank: the rank that its device class names, if any.
+        afford: from the settings of `auto`, the rank and the depth that its device affords; see `affordable`.
     """
 
     client: str
     kind: str
     num_examples: int
     class_rank: int | None
+    afford: Callable[..., tuple[int, int]] = _unknown
 
 
 def per_class(clients: Sequence[Candidate], rng: np.random.Generator) -> dict[str, int]:
@@ -188,12 +198,45 @@ def ratios(
     }
 
 
+def auto(
+    clients: Sequence[Candidate],
+    rng: np.random.Generator,
+    *,
+    largest: int = 64,
+    memory_share: float = 0.8,
+    seconds: float | None = None,
+) -> dict[str, int]:
+    """The largest rank that each client's device affords, see `affordable`.
+
+    Args:
+        clients: who gets a rank.
+        rng: not used.
+        largest: highest rank that is given.
+        memory_share: of the device's memory that a plan may take.
+        seconds: that a round's local steps and upload may take; None sets no limit.
+
+    Raises:
+        ConfigError: a largest rank below 1, a share or a time that is not above 0, or a share above 1.
+    """
+    problems = []
+    if largest < 1:
+        problems.append(f"ranks.largest: expected a rank of at least 1, got {largest}")
+    if not 0 < memory_share <= 1:
+        problems.append(f"ranks.memory_share: expected a share above 0, up to 1, got {memory_share}")
+    if seconds is not None and not seconds > 0:
+        problems.append(f"ranks.seconds: expected a time above 0, got {seconds}; leave it out to set no limit")
+    if problems:
+        raise ConfigError(problems)
+    return {c.client: c.afford(largest=largest, memory_share=memory_share, seconds=seconds)[0] for c in clients}
+
+
 RANK_POLICIES: Mapping[str, Callable[..., dict[str, int]]] = {
     "per_class": per_class,
     "list": listed,
     "data_size": data_size,
     "power_law": power_law,
     "ratios": ratios,
+    "auto": auto,
 }
 """Rank policies by the name a recipe uses; each one's keyword-only arguments are its settings."""
 
@@ -283,15 +326,47 @@ def at_depth(spec: Spec, device: Device, ranks: Mapping[str, int], depth: int) -
 
 def seconds_by_depth(spec: Spec, device: Device, ranks: Mapping[str, int]) -> list[float]:
     """Seconds until the device should have replied at depth 0, 1, ..., as far as its memory holds what is trained."""
-    dense = sum(tensor.numel() for tensor in spec.start.dense.values())
     found = []
     for depth in range(len(spec.blocks) + 1):
         plan = at_depth(spec, device, ranks, depth)
-        needed = memory_bytes(plan, model=spec.cost, layers=spec.layers, dense_parameters=dense)
-        if depth and needed > device.profile.memory_bytes:
+        if depth and _memory(plan, spec) > device.profile.memory_bytes:
             break
         found.append(reply_seconds(plan, device, spec))
     return found
+
+
+def _memory(plan: Plan, spec: Spec) -> int:
+    dense = sum(tensor.numel() for tensor in spec.start.dense.values())
+    return memory_bytes(plan, model=spec.cost, layers=spec.layers, dense_parameters=dense)
+
+
+def affordable(
+    spec: Spec, device: Device, *, largest: int, memory_share: float, seconds: float | None
+) -> tuple[int, int]:
+    """The largest rank at which a device can train all layers, and how deep it can.
+
+    Ranks are powers of two. If the device cannot train all layers even at rank 1, that is its rank, and its depth the
+    largest that it can train: 0 where that is nothing.
+
+    Args:
+        spec: of the run; levels are not looked at.
+        device: its rank is not looked at.
+        largest: no rank is above this, nor above a side of a layer, where slots would be redundant.
+        memory_share: of the device's memory that may be taken.
+        seconds: that a round's local steps and upload may take; None sets no limit.
+    """
+    room, deepest = memory_share * device.profile.memory_bytes, len(spec.blocks)
+    most = min(largest, *(min(layer.d_in, layer.d_out) for layer in spec.layers))
+
+    def fits(rank: int, depth: int) -> bool:
+        plan = at_depth(spec, device, {layer.name: rank for layer in spec.layers}, depth)
+        in_time = seconds is None or reply_seconds(plan, device, spec) <= seconds
+        return in_time and _memory(plan, spec) <= room
+
+    ranks = (1 << power for power in reversed(range(1, most.bit_length())))
+    if rank := next((rank for rank in ranks if fits(rank, deepest)), None):
+        return rank, deepest
+    return 1, next((depth for depth in range(deepest, 0, -1) if fits(1, depth)), 0)
 
 
 def fisher(live: Adapter) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What anyrank can do: play a recipe, continue a run, look at a recipe beforehand, export from a run afterwards.
+"""What anyrank can do with a recipe: play it, continue a run of it, look at it beforehand.
 
 The engine plays the rounds; this file keeps what happens in the run folder.
 """
@@ -11,16 +11,15 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from anyrank import config, data, hf, lowrank
+from anyrank import config
 from anyrank.adapter import Adapter
 from anyrank.clock import Clock
 from anyrank.compute import devices
@@ -29,17 +28,20 @@ from anyrank.device import compute_seconds, memory_bytes, undisturbed
 from anyrank.engine import Evaluation, Federation, Progress, begin, rounds
 from anyrank.errors import ConfigError, RecordError, RoundFailed
 from anyrank.federation import Device, Failure, Plan, Update, make_task
-from anyrank.job import CHOICES, Job, load_recipe, prepare, with_baseline
-from anyrank.memory import Memory, folder_name
+from anyrank.job import CHOICES, Job, learner, load_recipe, prepare, with_baseline
+from anyrank.memory import Memory
 from anyrank.prefix import Prefix, possible
-from anyrank.pretrained import Pretrained
+from anyrank.probe import as_toml
+from anyrank.probe import probe as measure
+from anyrank.problem import Problem
 from anyrank.record import RunFolder
-from anyrank.seeding import generator
-from anyrank.train import evaluate
+from anyrank.results import save_results, write_card
+from anyrank.trackers import Trackers
+from anyrank.train import Score, evaluate
 from anyrank.transport import InProcess, Transport, Workers
 from anyrank.wire import bytes_down, nbytes
 
-__all__ = ["Demand", "Observer", "check", "export", "load_recipe", "resume", "run"]
+__all__ = ["Demand", "Observer", "check", "load_recipe", "probe", "resume", "run"]
 
 _VERSIONED = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors", "tokenizers")
 _EXTENSIBLE = (
@@ -49,6 +51,7 @@ _EXTENSIBLE = (
     "compute.threads",
     "compute.workers",
     "compute.cohort",
+    "track",
 )
 
 
@@ -67,16 +70,54 @@ class Observer:
     def finished_round(self, record: Mapping[str, Any]) -> None:
         """A round is over and on disk."""
 
+    def ended(self, *, complete: bool) -> None:
+        """A run (or a compared baseline) is over, or stopped before its end."""
+
+
+class _Tracked(Observer):
+    """An observer, and the recipe's trackers beside it."""
+
+    def __init__(self, observer: Observer, names: Sequence[str]):
+        self._all = (observer, Trackers(names, noticed=observer.noticed))
+
+    def started(self, job: Job, folder: RunFolder, progress: Progress) -> None:
+        for each in self._all:
+            each.started(job, folder, progress)
+
+    def noticed(self, remark: str) -> None:
+        for each in self._all:
+            each.noticed(remark)
+
+    def replied(self, reply: Update | Failure) -> None:
+        for each in self._all:
+            each.replied(reply)
+
+    def finished_round(self, record: Mapping[str, Any]) -> None:
+        for each in self._all:
+            each.finished_round(record)
+
+    def ended(self, *, complete: bool) -> None:
+        for each in self._all:
+            each.ended(complete=complete)
+
 
 # --- playing ------------------------------------------------------------------------------------------------------
 
 
-def run(recipe: Recipe, out: Path, *, observer: Observer | None = None, command: str = "") -> RunFolder:
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    problem: Problem | None = None,
+    observer: Observer | None = None,
+    command: str = "",
+) -> RunFolder:
     """Play a recipe into a new run folder, and the baselines it compares with after it.
 
     Args:
         recipe: what `load_recipe` returns.
         out: a folder that does not exist or is empty.
+        problem: model, examples, loss and metrics, for a recipe with `problem.name = "own"`.
         observer: is told what happens.
         command: how the run was started, for the record.
 
@@ -86,21 +127,27 @@ def run(recipe: Recipe, out: Path, *, observer: Observer | None = None, command:
         RoundFailed: a round without a valid update; the checkpoint before it is kept.
     """
     RunFolder.check_free(out)
-    job = prepare(recipe)
+    observer = _Tracked(observer or Observer(), recipe.track)
+    job = prepare(recipe, problem)
     folder = RunFolder.create(out, _info(job, command))
-    _play(job, folder, observer or Observer())
-    _compare(job, folder, observer or Observer())
+    _play(job, folder, observer)
+    _compare(job, folder, observer)
     return folder
 
 
 def resume(
-    out: Path, *, overrides: Sequence[str] | Mapping[str, Any] = (), observer: Observer | None = None
+    out: Path,
+    *,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    problem: Problem | None = None,
+    observer: Observer | None = None,
 ) -> RunFolder:
     """Continue a run from its last checkpoint, to the same bytes as if it had never stopped.
 
     Args:
         out: the run folder.
         overrides: more `rounds`, or a target; nothing else may change.
+        problem: the one that the run was started with, if it was given one.
         observer: is told what happens.
 
     Raises:
@@ -110,9 +157,9 @@ def resume(
     folder = RunFolder.open(out)
     values = overrides if isinstance(overrides, Mapping) else config.parse_overrides(overrides)
     recipe = _extended(folder, values)
-    job = prepare(recipe)
+    observer = _Tracked(observer or Observer(), recipe.track)
+    job = prepare(recipe, problem)
     _check_same(job, folder)
-    observer = observer or Observer()
     now, then = _versions(), folder.info["versions"]
     if changed := [
         f"{name} {then.get(name)} is now {version}" for name, version in now.items() if version != then.get(name)
@@ -141,7 +188,12 @@ def _extended(folder: RunFolder, overrides: Mapping[str, Any]) -> Recipe:
 
 
 def _check_same(job: Job, folder: RunFolder) -> None:
-    then, now = folder.info["data"]["fingerprint"], job.examples.fingerprint
+    base, then, now = folder.info["base_hash"], folder.info["data"]["fingerprint"], job.problem.fingerprint
+    if base != job.base_hash:
+        raise RecordError(
+            f"{folder.path} was started on another base model: SHA-256 {base[:12]}, now {job.base_hash[:12]}. "
+            f"Bring {folder.info['base']} back as it was, or start a new run."
+        )
     if then != now:
         raise RecordError(
             f"{folder.path} was started on other data: fingerprint {then[:12]}, now {now[:12]}. "
@@ -152,20 +204,30 @@ def _check_same(job: Job, folder: RunFolder) -> None:
 
 
 def _play(job: Job, folder: RunFolder, observer: Observer) -> None:
+    try:
+        _play_rounds(job, folder, observer)
+    except BaseException:
+        observer.ended(complete=False)
+        raise
+    observer.ended(complete=True)
+
+
+def _play_rounds(job: Job, folder: RunFolder, observer: Observer) -> None:
     progress = folder.load(job.spec, job.cohort.fleet, target=job.recipe.evaluate.target)
     with _reproducible(job.recipe.compute.threads or 1), _transport(job, folder, observer) as transport:
         federation = _federation(job, folder, transport, observer)
         progress = progress or begin(federation, job.method.init(job.spec), job.cohort.fleet)
         observer.started(job, folder, progress)
         if progress.state.round < job.cohort.rounds:
-            for result in ("adapter", "clients"):  # of a run that is extended: old as soon as it goes on
+            for result in ("adapter", "classes", "clients"):  # of a run that is extended: old as soon as it goes on
                 shutil.rmtree(folder.path / result, ignore_errors=True)
         began = time.perf_counter()
         for progress in rounds(federation, progress):  # noqa: B020 - the last one is the result
-            folder.save(progress, real_seconds=time.perf_counter() - began)
-            observer.finished_round(progress.record)
+            seconds = time.perf_counter() - began
+            folder.save(progress, real_seconds=seconds)
+            observer.finished_round({**progress.record, "real_seconds": seconds})
             began = time.perf_counter()
-    _save_adapters(job, folder, progress)
+    save_results(job, folder, progress)
 
 
 @contextlib.contextmanager
@@ -176,9 +238,9 @@ def _transport(job: Job, folder: RunFolder, observer: Observer) -> Iterator[Tran
         model=job.model,
         method=job.method,
         training=job.training,
-        data=job.encoded,
+        data=job.problem.train,
         shards=job.cohort.shards,
-        test=job.test,
+        test=job.problem.test,
         held_out=job.recipe.data.held_out,
         seed=job.recipe.seed,
         memory=Memory(folder.path / "memory"),
@@ -205,14 +267,14 @@ def _prefix(job: Job, folder: RunFolder, observer: Observer) -> Prefix | None:
         (compute.memory_gb or 0) / 4 if on_cpu else 0
     )  # a GPU may pass a small block sooner than it is sent its states
     in_memory = int(1e9 * (chosen if compute.prefix_cache_gb is None else compute.prefix_cache_gb))
-    if not in_memory or not possible(job.method, job.spec.layers):
+    if not in_memory or job.problem.lengths is None or not possible(job.method, job.spec.layers):
         return None
     prefix = Prefix.of(
         job.model,
         job.training,
         layers=job.spec.layers,
-        data=job.encoded,
-        lengths=np.asarray(job.encoded["length"]),
+        data=job.problem.train,
+        lengths=job.problem.lengths,
         shards=job.cohort.shards,
         per_round=job.cohort.per_round,
         in_memory=in_memory,
@@ -233,7 +295,8 @@ def _federation(job: Job, folder: RunFolder, transport: Transport, observer: Obs
         topology=job.topology,
         transport=transport,
         clock=_clock(recipe),
-        score=lambda adapter: evaluate(job.model, adapter, job.test, training=job.training),
+        score=partial(_score, job),
+        metric=job.problem.objective.metric,
         per_round=job.cohort.per_round,
         rounds=job.cohort.rounds,
         norm_limit=recipe.server.norm_limit,
@@ -242,6 +305,12 @@ def _federation(job: Job, folder: RunFolder, transport: Transport, observer: Obs
         notify=observer.replied,
         disk=folder.path,
     )
+
+
+def _score(job: Job, adapter: Adapter, at_end: bool) -> Score:
+    """How an adapter does on the server's test set."""
+    score = evaluate(job.model, adapter, job.problem.test, training=job.training)
+    return replace(score, metrics={**score.metrics, **job.problem.at_end(job.model)}) if at_end else score
 
 
 def _clock(recipe: Recipe) -> Clock:
@@ -276,6 +345,8 @@ def _compare(job: Job, folder: RunFolder, observer: Observer) -> None:
             _play(baseline, _nested(out, baseline) or RunFolder.create(out, _info(baseline, "")), observer)
         except RoundFailed as error:  # the run itself is done, and the other baselines can be
             observer.noticed(f"the baseline {name} is not compared: {error}")
+    if job.recipe.compare:
+        write_card(folder)
 
 
 def _nested(out: Path, job: Job) -> RunFolder | None:
@@ -292,6 +363,7 @@ def _nested(out: Path, job: Job) -> RunFolder | None:
 
 
 def _info(job: Job, command: str) -> dict[str, Any]:
+    metric = job.problem.objective.metric
     return {
         "anyrank": importlib.metadata.version("anyrank"),
         "command": command,
@@ -308,16 +380,30 @@ def _info(job: Job, command: str) -> dict[str, Any]:
         },
         "commit": _commit(),
         "base": job.base.name,
+        "base_hash": job.base_hash,
         "data": {
-            "fingerprint": job.examples.fingerprint,
-            "train": len(job.examples.train),
-            "test": len(job.examples.test),
-            "label_names": list(job.examples.label_names),
+            "fingerprint": job.problem.fingerprint,
+            "train": len(job.problem.train),
+            "test": len(job.problem.test),
+            "label_names": list(job.problem.label_names),
         },
-        "references": {"majority": data.majority(job.examples), "overlap": data.overlap(job.examples)},
+        "metric": {"name": metric.name, "higher_is_better": metric.higher_is_better},
+        "references": {"before training": _before(job), **job.problem.references},
+        "remarks": job.remarks,
         "fleet": _described(job.cohort.fleet),
         "modules_to_save": job.model.modules_to_save,
+        "patches": {name: list(patch) for name, patch in job.model.patches.items()},
+        "task_type": job.problem.task_type,
+        "auto_class": job.problem.auto_class,
+        "model_arguments": job.problem.model_arguments,
+        "form": job.problem.form,
     }
+
+
+def _before(job: Job) -> float:
+    """What the model reaches that training starts from."""
+    with _reproducible(job.recipe.compute.threads or 1):
+        return _score(job, job.spec.start, False).metrics[job.problem.objective.metric.name]
 
 
 def _versions() -> dict[str, str]:
@@ -339,105 +425,7 @@ def _commit() -> str | None:
     return None
 
 
-def _save_adapters(job: Job, folder: RunFolder, progress: Progress) -> None:
-    spread = job.training.local.spread
-    if not job.method.claims.personal:
-        reached = folder.records()[-1]["accuracy"]
-        _save_adapter(folder, folder.path / "adapter", spread(progress.state.whole), job.base, reached)
-        return
-    method, memory = job.method, Memory(folder.path / "memory")
-    took_part = {client for record in folder.records() for client in record["returned_ranks"]}
-    for plan in method.assign(
-        progress.state, [progress.fleet[client] for client in progress.fleet if client in took_part]
-    ):
-        adapter = method.dispatch(progress.state, plan)
-        if method.enter:
-            adapter = method.enter(adapter, memory.read(plan.client, before=(progress.state.round + 1, 0)))
-        _save_adapter(folder, folder.path / "clients" / folder_name(plan.client), spread(adapter), job.base, None)
-
-
-def _save_adapter(folder: RunFolder, out: Path, adapter: Adapter, base: Pretrained, accuracy: float | None) -> None:
-    """Write an adapter beside its place and move it there whole, so that a folder with this name is never half written."""
-    scale = folder.info["recipe"]["lora"]["scale"]
-    adapter = hf.factored(adapter, scale=scale)
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    experts = _experts(folder)
-    write = partial(hf.write_mixture, experts=experts) if experts else hf.write_adapter
-    write(
-        temporary,
-        adapter,
-        scale=scale,
-        base=base,
-        modules_to_save=folder.info["modules_to_save"],
-        label_names=folder.info["data"]["label_names"],
-        card=_card(folder, adapter, base, accuracy),
-    )
-    shutil.rmtree(out, ignore_errors=True)
-    temporary.replace(out)
-
-
-def _experts(folder: RunFolder) -> list[str]:
-    """The finished adapters that a run mixes, if it does."""
-    return folder.info["recipe"]["local"].get("experts", [])
-
-
-def _card(folder: RunFolder, adapter: Adapter, base: Pretrained, accuracy: float | None) -> str:
-    """A model card: what it is, how it came about, how to load it."""
-    info = folder.info
-    labels = info["data"]["label_names"]
-    reached = (
-        ""
-        if accuracy is None
-        else f" It reached an accuracy of {accuracy:.4f} on {info['data']['test']} test examples."
-    )
-    experts = _experts(folder)
-    rank = max(adapter.ranks.values())
-    title = f"A mixture of {len(experts)} LoRA adapters" if experts else f"A LoRA adapter of rank {rank}"
-    return f"""---
-base_model: {base.name}
-library_name: {"anyrank" if experts else "peft"}
-tags: [lora, federated-learning, anyrank]
----
-
-# {title} for {base.name}
-
-Trained by anyrank {info["anyrank"]} with the method `{info["method"]}` over {len(info["fleet"])} clients on
-`{info["recipe"]["data"]["source"]}` ({info["data"]["train"]} training examples).{reached}
-Labels: {", ".join(f"{i} = {name}" for i, name in enumerate(labels))}.
-
-{_use_of_mixture(experts) if experts else _use_of_adapter(base, len(labels))}
-"""
-
-
-def _use_of_adapter(base: Pretrained, num_labels: int) -> str:
-    return f"""```python
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
-
-base = AutoModelForSequenceClassification.from_pretrained("{base.name}", num_labels={num_labels})
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
-```"""
-
-
-def _use_of_mixture(experts: Sequence[str]) -> str:
-    names = "\n".join(f"- `{name}`" for name in experts)
-    return f"""This folder holds the gates and the head. The experts are PEFT adapters, looked for where the run found them:
-
-{names}
-
-PEFT has no form for such a mixture; anyrank loads it:
-
-```python
-from pathlib import Path
-
-from anyrank.hf import load_mixture
-
-model = load_mixture(Path("path/to/this/folder"))
-```"""
-
-
-# --- looking before and after -------------------------------------------------------------------------------------
+# --- looking before -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -469,13 +457,18 @@ class Demand:
     seconds: float
 
 
-def check(recipe: Recipe) -> tuple[list[Demand], list[str]]:
+def check(recipe: Recipe, problem: Problem | None = None) -> tuple[list[Demand], list[str]]:
     """What a recipe would ask of each device class, and remarks, without training.
+
+    Args:
+        recipe: what `load_recipe` returns.
+        problem: for a recipe with `problem.name = "own"`.
 
     Raises:
         ConfigError: whatever would stop the run.
     """
-    job = prepare(recipe)
+    Trackers(recipe.track, noticed=print)  # whether what they need is installed
+    job = prepare(recipe, problem)
     state = job.method.init(job.spec)
     groups: dict[tuple[str, int], list[tuple[Device, Plan]]] = {}
     for plan in job.method.assign(state, list(job.cohort.fleet.values())):
@@ -507,37 +500,26 @@ def check(recipe: Recipe) -> tuple[list[Demand], list[str]]:
     return demands, job.remarks
 
 
-def export(source: Path, rank: int, out: Path) -> Adapter:
-    """Write the best approximation at one rank of a finished run's global adapter, as a PEFT directory.
+def probe(recipe: Recipe, name: str, problem: Problem | None = None) -> str:
+    """Measure this machine with a recipe's model: a table for `[devices]`, as TOML.
 
     Args:
-        source: a finished run folder.
-        rank: from 1 to the run's own rank.
-        out: a folder that does not exist or is empty.
+        recipe: names model, data and batch size.
+        name: what the device is to be called.
+        problem: for a recipe with `problem.name = "own"`.
 
     Raises:
-        RecordError: the run is not finished, has no global adapter or a mixture, or `out` is occupied.
-        ConfigError: a rank out of range.
+        ConfigError: model or data cannot be had, or do not fit.
     """
-    folder, out = RunFolder.open(source), out.resolve()
-    RunFolder.check_free(out)
-    if (source / "clients").is_dir():
-        raise RecordError(f"{source} has no global adapter: each client keeps its own, see {source / 'clients'}.")
-    if not (source / "adapter").is_dir():
-        raise RecordError(f"{source} has no adapter yet: finish it with `anyrank run --resume {source}`.")
-    if _experts(folder):
-        raise RecordError(
-            f"{source} holds a mixture of adapters, which has no rank to be cut to; see {source / 'adapter'}."
-        )
-    adapter = hf.read_adapter(source / "adapter", scale=folder.info["recipe"]["lora"]["scale"])
-    largest = max(adapter.ranks.values())
-    if not 1 <= rank <= largest:
-        raise ConfigError(f"--rank {rank}: expected a rank from 1 to {largest}, the rank of the run's adapter.")
-    layers = {
-        name: lowrank.svd(part, rank, generator(folder.info["recipe"]["seed"], "export", name))
-        for name, part in adapter.layers.items()
-    }
-    small = Adapter(layers, adapter.dense)
-    reached = folder.records()[-1]["accuracy"] if rank == largest else None  # below, it was never scored
-    _save_adapter(folder, out, small, Pretrained(folder.info["base"], folder.info["base"]), reached)
-    return small
+    loaded = learner(recipe, problem)
+    model, loss = loaded.model, loaded.training.objective.loss
+    model.to(devices()[0])
+    found = measure(
+        model.model,
+        lambda batch: loss(model.logits(batch), batch).sum(),
+        batch=loaded.batch,
+        train=model.rehearse,
+        depths=model.depths,
+        cost=model.cost(loaded.batch, loss),
+    )
+    return as_toml(name, found)

@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -16,6 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from anyrank.errors import AnyrankError, ConfigError, TransportError
+
+if TYPE_CHECKING:
+    from anyrank.config import Recipe
 
 __all__ = ["app", "main"]
 
@@ -58,10 +61,21 @@ def run(
     settings: Settings = [],  # noqa: B006 - typer copies it
     out: Annotated[Path | None, typer.Option(help="The run folder; by default the next free one in runs/.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Continue the run in this folder.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Your own examples, without a recipe: a file, a folder, or a name on the hub.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base model, beside --data or in place of the recipe's.")
+    ] = None,
+    rank: Annotated[
+        str | None, typer.Option(help="One rank for all devices, or auto: the largest that each device affords.")
+    ] = None,
 ) -> None:
     """Fine-tune a model across devices of different ranks."""
-    if resume and (recipe or out):
-        raise ConfigError("--resume continues a run with its own recipe in its own folder; leave out RECIPE and --out.")
+    if resume and (recipe or out or data or model or rank):
+        raise ConfigError(
+            "--resume continues a run with its own recipe in its own folder; leave out everything but --set."
+        )
     from anyrank import api
     from anyrank.display import LiveObserver, summary
 
@@ -70,7 +84,7 @@ def run(
             if resume:
                 folder = api.resume(resume, overrides=settings, observer=observer)
             else:
-                loaded = api.load_recipe(recipe, settings)
+                loaded = _loaded(recipe, settings, data, model, rank)
                 out = out or _next_free(loaded.baseline or loaded.method["name"])
                 folder = api.run(loaded, out, observer=observer, command=shlex.join(["anyrank", *sys.argv[1:]]))
         except (KeyboardInterrupt, OSError, TransportError):
@@ -79,7 +93,30 @@ def run(
                 _errors.print(f"\nStopped. Continue with: anyrank run --resume {started}")
             raise
     console.print(*summary(folder), sep="\n")
-    console.print(f"\nRun folder: {folder.path}\nReport:     anyrank report {folder.path}")
+    console.print(f"\nRun folder: {folder.path}\nReport:     anyrank report {folder.path}", soft_wrap=True)
+
+
+def _loaded(
+    recipe: Path | None, settings: list[str], data: str | None, model: str | None, rank: str | None
+) -> "Recipe":
+    """The recipe that options ask for."""
+    from anyrank import api, config
+    from anyrank.own_data import recipe_for
+
+    overrides = config.parse_overrides(settings)
+    if model:
+        overrides = {"model.name": model, **overrides}
+    if rank == "auto":
+        overrides = {"ranks.name": "auto", **overrides}
+    elif rank:
+        if not rank.isdigit() or rank == "0":
+            raise ConfigError(f"--rank {rank}: expected a whole number from 1 on, or auto.")
+        overrides = {"ranks": {"name": "ratios", "values": [1.0], "of": int(rank)}, **overrides}
+    if not data:
+        return api.load_recipe(recipe, overrides)
+    if recipe:
+        return api.load_recipe(recipe, {"data.source": data, **overrides})
+    return recipe_for(data, overrides)
 
 
 def _next_free(name: str) -> Path:
@@ -90,12 +127,16 @@ def _next_free(name: str) -> Path:
 
 
 @app.command()
-def check(recipe: RecipeFile = None, settings: Settings = []) -> None:  # noqa: B006
+def check(
+    recipe: RecipeFile = None,
+    settings: Settings = [],  # noqa: B006
+    rank: Annotated[str | None, typer.Option(help="As with `anyrank run`.")] = None,
+) -> None:
     """Show what a recipe asks of each device class, without training."""
     from anyrank import api
     from anyrank.display import demand_table
 
-    demands, remarks = api.check(api.load_recipe(recipe, settings))
+    demands, remarks = api.check(_loaded(recipe, settings, None, None, rank))
     console.print(demand_table(demands, recipe or "embedded default"))
     for remark in remarks:
         console.print(f"note: {remark}")
@@ -148,20 +189,101 @@ def report(
     page = render(folders)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8")
-    console.print(f"Report: {output}")
+    console.print(f"Report: {output}", soft_wrap=True)
+
+
+@app.command()
+def probe(
+    recipe: RecipeFile = None,
+    settings: Settings = [],  # noqa: B006
+    name: Annotated[str, typer.Option(help="What recipes are to call the device.")] = "this-machine",
+) -> None:
+    """Measure this machine with a recipe's model, as a device profile for recipes."""
+    from anyrank import api
+
+    typer.echo(api.probe(api.load_recipe(recipe, settings), name), nl=False)
+
+
+Finished = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A finished run, one of its adapters, or a merged model.")
+]
+Base = Annotated[str | None, typer.Option(help="Where the base model is, if its name does not lead to it.")]
 
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished run.")],
-    rank: Annotated[int, typer.Option(help="Rank of the exported adapter.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A finished run; with --merge also one of its adapters.")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="A new folder.")],
+    rank: Annotated[int | None, typer.Option(help="Rank of the exported adapter.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write base and adapter as one model.")] = False,
+    base: Base = None,
 ) -> None:
-    """Write the best adapter of one rank from a finished run, as a PEFT directory."""
-    from anyrank import api
+    """Write the best adapter of one rank as a PEFT directory, or base and adapter merged into one model."""
+    if (rank is None) != merge or (base and not merge):
+        raise ConfigError("expected one of --rank R and --merge, and --base beside --merge alone.")
+    if merge:
+        from anyrank import answers
 
-    adapter = api.export(folder, rank, output)
-    console.print(f"Adapter of rank {rank}, {adapter.num_parameters:,} parameters: {output}")
+        answers.merge(folder, output, base=base)
+        console.print(f"Merged model: {output}", soft_wrap=True)
+        return
+    from anyrank import results
+
+    assert rank is not None
+    adapter = results.export(folder, rank, output)
+    console.print(f"Adapter of rank {rank}, {adapter.num_parameters:,} parameters: {output}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    folder: Finished,
+    data: Annotated[str, typer.Option(help="A file, a folder, or a name on the hub; its test part, if it has one.")],
+    settings: Annotated[
+        list[str],
+        typer.Option("--set", metavar="KEY=VALUE", help="Of the problem's table, such as label=rating. Repeatable."),
+    ] = [],  # noqa: B006
+    base: Base = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Score what came out of a run on data."""
+    from anyrank import answers
+
+    score = answers.score(folder, data, base=base, settings=settings)
+    values = {**score.metrics, "loss": score.loss, "examples": score.num_examples}
+    if as_json:
+        typer.echo(json.dumps(values))
+        return
+    table = Table("metric", "", box=box.SIMPLE)
+    for name, value in values.items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+@app.command()
+def generate(
+    folder: Finished,
+    prompt: Annotated[str, typer.Argument(help="An instruction, or the beginning of a text.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many.")] = 128,
+    base: Base = None,
+) -> None:
+    """Have a language model answer once."""
+    from anyrank import answers
+
+    typer.echo(answers.generate(folder, prompt, base=base, max_new_tokens=max_new_tokens))
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished run, or a PEFT directory from anyrank.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="On the Hugging Face hub, such as user/tickets.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+) -> None:
+    """Upload an adapter with its model card to the Hugging Face hub."""
+    from anyrank import hub
+
+    console.print(f"Uploaded: {hub.push(folder, name, private=private)}", soft_wrap=True)
 
 
 def main() -> None:

@@ -9,8 +9,9 @@ from anyrank import fused
 from anyrank.adapter import Adapter
 from anyrank.federation import Failure, Method, Task, Update
 from anyrank.hf import AdaptedModel
+from anyrank.problem import Examples
 from anyrank.seeding import generator
-from anyrank.train import Examples, Training, evaluate, train
+from anyrank.train import Training, evaluate, train
 
 __all__ = ["Assignment", "Reply", "work", "work_together"]
 
@@ -51,8 +52,12 @@ def work(model: AdaptedModel, method: Method, asked: Assignment, *, training: Tr
     if task.kind != "train":
         if not len(examples):
             return Update(task.plan.client, task.round, None, 0, {}), None
-        score = evaluate(model, start, examples, training=training, frozen=task.applied, scale=task.plan.scale)
-        metrics = {"loss": score.loss, "accuracy": score.accuracy}
+        # Of a client on its own data only the first is looked at, and some take longer to work out than the answers.
+        metrics = training.objective.metrics if task.kind == "test" else [training.objective.metric]
+        score = evaluate(
+            model, start, examples, training=training, frozen=task.applied, scale=task.plan.scale, metrics=metrics
+        )
+        metrics = {"loss": score.loss, **score.metrics}
         return Update(task.plan.client, task.round, None, score.num_examples, metrics), None
     rng = _order(task, seed)
     try:

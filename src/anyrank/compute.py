@@ -20,7 +20,14 @@ __all__ = ["cohort_of", "devices", "settled"]
 # A pass takes a while for its calls, whatever its size, and then so long for each token. On a CPU both were measured, with
 # all-MiniLM-L6-v2 on one core of an AMD EPYC with AVX-512; for a GPU these are estimates.
 _BLOCK_SECONDS = 2.4e-3
-_FLOPS = {("cpu", "float32"): 8e10, ("cpu", "bfloat16"): 1.6e11, ("cuda", "float32"): 2e13, ("cuda", "bfloat16"): 1e14}
+_FLOPS = {
+    ("cpu", "float32"): 8e10,
+    ("cpu", "bfloat16"): 1.6e11,
+    ("cpu", "float16"): 8e10,  # few processors have instructions for it
+    ("cuda", "float32"): 2e13,
+    ("cuda", "bfloat16"): 1e14,
+    ("cuda", "float16"): 1e14,
+}
 _WORTH = 0.97  # what passes may cost with others, relative to passes alone, before clients share them
 _NEARLY_BEST = 1.05  # what a larger cohort would gain beyond this is not worth its memory
 

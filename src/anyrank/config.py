@@ -18,10 +18,14 @@ from anyrank.clock import Change
 from anyrank.errors import ConfigError
 from anyrank.federation import Profile
 
-__all__ = ["Baseline", "Choices", "ComputeTable", "Recipe", "load", "parse_overrides", "resolve"]
+__all__ = ["OWN", "Baseline", "Choices", "ComputeTable", "Recipe", "chosen", "load", "parse_overrides", "resolve"]
 
 Baseline = Literal["centralised", "local_only", "homogeneous_smallest", "homogeneous_largest", "strong_only"]
 
+OWN = "own"
+"""The problem that is handed over in Python, with its model and its data."""
+
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Choices = Mapping[str, Mapping[str, Callable[..., Any]]]
 # Strict: `true` is no number, and 2.0 no whole one. Not the tables as such, which could then hold no dataclass.
 Number = Annotated[float, Field(strict=True)]
@@ -42,20 +46,21 @@ class _Arguments(_Table):
 class ModelTable(_Table):
     """`[model]`: the base model."""
 
-    name: str = Field(min_length=1)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    name: Annotated[str, Field(min_length=1)] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantize: Literal["8bit", "4bit"] | None = None
+    attention: str | None = None
+    device_map: str | None = None
+    checkpointing: bool = False
 
 
 class DataTable(_Table):
     """`[data]`: the examples."""
 
-    source: str = Field(min_length=1)
-    text: Annotated[list[str], Field(min_length=1, max_length=2)] = ["signature", "docstring"]
-    label: str = "label"
+    source: Annotated[str, Field(min_length=1)] | None = None
     test: str | None = None
     test_share: Annotated[Number, Field(gt=0, lt=1)] = 0.2
     held_out: Share = 0.1
-    max_length: Annotated[Whole, Field(ge=2)] = 128
 
 
 class LoraTable(_Table):
@@ -74,6 +79,7 @@ class TrainTable(_Table):
     learning_rate: Positive = 2e-3
     weight_decay: Annotated[Number, Field(ge=0)] = 0.01
     batch_size: Count = 16
+    micro_batch: Count | None = None
     epochs: Count | None = None
     steps: Count | None = None
     max_grad_norm: Positive | None = None
@@ -136,7 +142,7 @@ class EvaluateTable(_Table):
 
     every: Count = 1
     classes: Literal["last", "always"] = "last"
-    target: Annotated[Number, Field(gt=0, le=1)] | None = None
+    target: Number | None = None
     stop_at_target: bool = False
 
     @model_validator(mode="after")
@@ -146,16 +152,24 @@ class EvaluateTable(_Table):
         return self
 
 
+class SaveTable(_Table):
+    """`[save]`: what is kept beside the global adapter."""
+
+    classes: bool = True
+    clients: bool = False
+
+
 class Recipe(_Table):
-    """A whole run. `method`, `local`, `partition`, `ranks` and `topology` hold a `name` and that function's arguments."""
+    """A whole run. Tables of choice (`problem`, `method` and so on) hold a `name` and that function's arguments."""
 
     seed: Annotated[Whole, Field(ge=0)] = 0
     rounds: Count
     baseline: Baseline | None = None
     compare: list[Baseline] = []
     method: dict[str, Any]
-    model: ModelTable
-    data: DataTable
+    model: ModelTable = ModelTable()
+    problem: dict[str, Any] = {"name": "classification"}
+    data: DataTable = DataTable()
     partition: dict[str, Any]
     ranks: dict[str, Any] = {"name": "per_class"}
     local: dict[str, Any] = {"name": "lora"}
@@ -168,6 +182,8 @@ class Recipe(_Table):
     clock: ClockTable = ClockTable()
     compute: ComputeTable = ComputeTable()
     evaluate: EvaluateTable = EvaluateTable()
+    save: SaveTable = SaveTable()
+    track: list[Tracker] = []
 
 
 def load(file: Path, overrides: Mapping[str, Any], choices: Choices) -> Recipe:
@@ -236,11 +252,33 @@ def resolve(raw: Mapping[str, Any], overrides: Mapping[str, Any], choices: Choic
         recipe = Recipe.model_validate(merged)
     except ValidationError as error:
         raise ConfigError([*problems, *(_sentence(Recipe, problem) for problem in error.errors())]) from None
+    if recipe.problem["name"] != OWN:
+        missing = {"model.name": recipe.model.name, "data.source": recipe.data.source}
+        problems += [f"{key}: is missing." for key, value in missing.items() if value is None]
+    elif recipe.model != ModelTable() or recipe.data.source is not None:
+        problems.append(f'problem.name: "{OWN}" brings its model and its data; leave [model] and data.source out.')
     if problems:
         raise ConfigError(problems)
     if recipe.train.epochs is None and recipe.train.steps is None:
         return recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 1})})
     return recipe
+
+
+def chosen(table: str, value: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
+    """A table of choice with all arguments of what it names.
+
+    Args:
+        table: its name.
+        value: what it holds.
+        functions: what it can name.
+
+    Raises:
+        ConfigError: with all problems of the table.
+    """
+    filled, problems = _chosen(table, dict(value), functions)
+    if problems:
+        raise ConfigError(problems)
+    return filled
 
 
 def _copy(raw: Mapping[str, Any]) -> dict[str, Any]:

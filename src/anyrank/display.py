@@ -1,6 +1,7 @@
 """What a person sees in the terminal: progress while a run goes on, tables at its end."""
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class LiveObserver(Observer):
             disable=not console.is_terminal,
         )
         self._rounds = self._per_round = self._round = 0
+        self._metric = ""
         self._task = self._bar.add_task("", total=None)
 
     def __enter__(self) -> "LiveObserver":
@@ -61,10 +63,12 @@ class LiveObserver(Observer):
     def started(self, job: Job, folder: RunFolder, progress: RunProgress) -> None:
         """Say what is about to run."""
         cohort, what = job.cohort, job.recipe.baseline or job.cohort.method
+        self._metric = folder.info["metric"]["name"]
         ranks = ", ".join(str(level) for level in job.spec.levels)
+        source = f" of {job.recipe.data.source}" if job.recipe.data.source else ""
         self._print(
-            f"{what}: {job.base.name} on {job.examples.train.num_rows} examples of "
-            f"{job.recipe.data.source}, {len(cohort.fleet)} client{'s' * (len(cohort.fleet) > 1)} "
+            f"{what}: {job.base.name} on {len(job.problem.train)} examples{source}, "
+            f"{len(cohort.fleet)} client{'s' * (len(cohort.fleet) > 1)} "
             f"({cohort.per_round} a round), rank{'s' * (len(job.spec.levels) > 1)} {ranks}",
             style="bold",
         )
@@ -94,9 +98,9 @@ class LiveObserver(Observer):
         """Print the round's line, and who failed; the bar passes those who did not reply."""
         self._round = record["round"]
         self._bar.update(self._task, completed=self._round * self._per_round)
-        accuracy = "       " if record["accuracy"] is None else f"{record['accuracy']:7.4f}"
+        score = "" if record["score"] is None else number(record["score"])
         self._print(
-            f"round {record['round']:>3}/{self._rounds}  accuracy {accuracy}  loss {record['train_loss']:.4f}  "
+            f"round {record['round']:>3}/{self._rounds}  {self._metric} {score:>7}  loss {record['train_loss']:.4f}  "
             f"down {megabytes(record['bytes_down'])}  up {megabytes(record['bytes_up'])}  "
             f"clock {duration(record['simulated_seconds'])}"
         )
@@ -108,6 +112,13 @@ class LiveObserver(Observer):
     def _print(self, text: str, *, style: str | None = None) -> None:
         # No markup: names of clients and files are the user's.
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def number(value: int | float) -> str:
+    """The value of a metric."""
+    if abs(value) >= 1e6:
+        return f"{value:.3g}"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
 
 
 def megabytes(size: int) -> str:
@@ -129,25 +140,34 @@ def summary(folder: RunFolder) -> list[Table]:
 
 
 def _reached(folder: RunFolder, last: Mapping[str, Any]) -> Table:
-    table = Table("on the test set", "accuracy", box=box.SIMPLE)
+    metric = folder.info["metric"]["name"]
+    table = Table("on the test set", metric, box=box.SIMPLE)
     baseline = folder.info["recipe"]["baseline"]
-    table.add_row(baseline or folder.info["method"], _accuracy(last), style="bold")
+    table.add_row(baseline or folder.info["method"], _score(last), style="bold")
     for path in sorted(folder.path.glob("compare/*")):
         reached = RunFolder.open(path).records()
         if reached:
-            table.add_row(f"{path.name} baseline", _accuracy(reached[-1]))
-    references = folder.info["references"]
-    if references["overlap"] is not None:
-        table.add_row("word overlap", f"{references['overlap']:.4f}")
-    table.add_row("majority class", f"{references['majority']:.4f}")
+            table.add_row(f"{path.name} baseline", _score(reached[-1]))
+    for label, value in folder.info["references"].items():
+        table.add_row(label, _or_not_finite(value))
     own = last["federated"]
     if own:
-        table.add_row(f"on {own['clients']} clients' own data", f"{own['accuracy']:.4f} ± {own['std']:.4f}")
+        spread = f" ± {number(own['std'])}" if own["std"] is not None else ""
+        table.add_row(f"on {own['clients']} clients' own data", _or_not_finite(own["score"]) + spread)
+    further = {name: value for name, value in (last["metrics"] or {}).items() if name != metric}
+    if further:
+        table.add_section()
+    for name, value in further.items():
+        table.add_row(name, _or_not_finite(value))
     return table
 
 
-def _accuracy(record: Mapping[str, Any]) -> str:
-    return "not evaluated" if record["accuracy"] is None else f"{record['accuracy']:.4f}"
+def _score(record: Mapping[str, Any]) -> str:
+    return "not evaluated" if record["metrics"] is None else _or_not_finite(record["score"])
+
+
+def _or_not_finite(value: int | float | None) -> str:
+    return "not finite" if value is None or not isfinite(value) else number(value)
 
 
 def _spent(records: Sequence[Mapping[str, Any]]) -> Table:
@@ -164,12 +184,13 @@ def _spent(records: Sequence[Mapping[str, Any]]) -> Table:
 
 def _classes(folder: RunFolder, records: Sequence[Mapping[str, Any]]) -> Table:
     last = records[-1]
-    table = Table("device class", "device", "clients", "trained at rank", "accuracy at that rank", box=box.SIMPLE)
-    fleet, sent = folder.info["fleet"], last["class_accuracy"] or {}
+    scored_by = f"{folder.info['metric']['name']} at that rank"
+    table = Table("device class", "device", "clients", "trained at rank", scored_by, box=box.SIMPLE)
+    fleet, sent = folder.info["fleet"], last["class_scores"] or {}
     trained = {client: rank for record in records for client, rank in record["planned_ranks"].items()}
     for kind in dict.fromkeys(client["kind"] for client in fleet.values()):
         ranks = sorted({rank for client, rank in trained.items() if fleet[client]["kind"] == kind})
-        scored = [f"{rank}: {sent[str(rank)]:.4f}" for rank in ranks if str(rank) in sent]
+        scored = [f"{rank}: {_or_not_finite(sent[str(rank)])}" for rank in ranks if str(rank) in sent]
         table.add_row(
             kind,
             folder.info["recipe"]["fleet"]["classes"][kind]["device"],

@@ -18,6 +18,7 @@ from anyrank.clock import Arrival, Clock, Workload, round_seconds
 from anyrank.device import compute_seconds, undisturbed
 from anyrank.errors import RoundFailed, UpdateRejected
 from anyrank.federation import Device, Failure, Method, Plan, State, Task, Times, Update, make_task
+from anyrank.problem import ACCURACY, Metric
 from anyrank.seeding import numpy_generator
 from anyrank.spool import Spool, in_memory
 from anyrank.topology import Asked, Topology
@@ -25,7 +26,7 @@ from anyrank.train import Score
 from anyrank.transport import Transport
 from anyrank.wire import bytes_down, bytes_up, check_norms, check_update, completed, nbytes, product_norms
 
-__all__ = ["Evaluation", "Federation", "Late", "Progress", "begin", "rounds", "sample"]
+__all__ = ["Evaluation", "Federation", "Late", "Progress", "applied", "begin", "rounds", "sample"]
 
 _RHO = 0.8  # weight of the past in the moving averages of a device's times
 _TOGETHER = 1000  # evaluations that are asked for at once: ten thousand tasks take 160 MB with all-MiniLM-L6-v2
@@ -40,7 +41,7 @@ class Evaluation:
     Args:
         every: rounds between evaluations; the last round is always evaluated.
         classes: score what each rank class is sent in the `last` round only, or `always`.
-        target: an accuracy; the simulated time at which it is first reached is recorded.
+        target: a value of the metric; the simulated time at which it is first reached is recorded.
         stop_at_target: end the run there.
     """
 
@@ -59,9 +60,10 @@ class Federation:
         topology: who averages with whom.
         transport: how tasks reach clients.
         clock: simulated deadlines, dropouts and stragglers.
-        score: scores an adapter on the server's test set.
+        score: scores an adapter on the server's test set; at the end of a run also by what takes long.
         per_round: clients sampled in a round.
         rounds: how many rounds the run has.
+        metric: what the run is judged by.
         norm_limit: an update is rejected if a product's norm is over this many times the round's median.
         evaluation: when to score what.
         seed: of the run.
@@ -73,12 +75,13 @@ class Federation:
     topology: Topology
     transport: Transport
     clock: Clock
-    score: Callable[[Adapter], Score]
+    score: Callable[[Adapter, bool], Score]
     per_round: int
     rounds: int
     norm_limit: float
     evaluation: Evaluation
     seed: int
+    metric: Metric = ACCURACY
     notify: Callable[[Update | Failure], None] = lambda reply: None
     disk: Path | None = None
 
@@ -108,7 +111,7 @@ class Progress:
         peers: without a server, each client's own state.
         late: tasks of earlier rounds whose replies are still awaited; only methods that add changes wait for any.
         seconds: the virtual clock.
-        target_seconds: what it showed when the target accuracy was reached, if it was.
+        target_seconds: what it showed when the target was reached, if it was.
         record: the last round as a flat JSON object; empty before the first.
     """
 
@@ -169,7 +172,7 @@ def _play(federation: Federation, progress: Progress) -> Progress:
     after = Progress(state, fleet, peers, tuple(round.late), seconds, progress.target_seconds)
     scores = _evaluate(federation, after, [fleet[device.client] for device in sampled])
     target = federation.evaluation.target
-    if after.target_seconds is None and target is not None and (scores["accuracy"] or 0.0) >= target:
+    if after.target_seconds is None and target is not None and federation.metric.reached(scores["score"], target):
         after = replace(after, target_seconds=seconds)
     record = {
         "round": number,
@@ -384,20 +387,23 @@ def _evaluate(federation: Federation, progress: Progress, members: Sequence[Devi
     plan, method, state, fleet = federation.evaluation, federation.method, progress.state, progress.fleet
     last = state.round == federation.rounds
     if not last and state.round % plan.every:
-        return {"accuracy": None, "loss": None, "class_accuracy": None, "federated": None}
-    scores = _judge(federation, progress, list(fleet.values()) if last else members)
-    accuracy = fmean(score.accuracy for score in scores) if scores else None
-    if plan.stop_at_target and plan.target is not None and (accuracy or 0.0) >= plan.target:
+        return {"score": None, "loss": None, "metrics": None, "class_scores": None, "federated": None}
+    scores = _judge(federation, progress, list(fleet.values()) if last else members, last)
+    metric = federation.metric
+    means = {name: fmean(score.metrics[name] for score in scores) for name in scores[0].metrics} if scores else {}
+    score = means.get(metric.name)
+    if plan.stop_at_target and plan.target is not None and metric.reached(score, plan.target):
         last = True
     by_class = None
-    if not (method.claims.personal or progress.peers) and (last or plan.classes == "always"):
-        by_class = _class_accuracy(federation, state, list(fleet.values()), scores[0].accuracy)
+    if score is not None and not (method.claims.personal or progress.peers) and (last or plan.classes == "always"):
+        by_class = _class_scores(federation, state, list(fleet.values()), score)
     own = _replies(federation, progress, list(fleet.values()) if last else members, "evaluate")
     return {
-        "accuracy": accuracy,
+        "score": score,
         "loss": fmean(score.loss for score in scores) if scores else None,
-        "class_accuracy": by_class,
-        "federated": _federated(own),
+        "metrics": means or None,
+        "class_scores": by_class,
+        "federated": _federated(own, metric.name),
     }
 
 
@@ -413,51 +419,55 @@ def _replies(
         yield from (reply for reply in federation.transport.run(tasks) if isinstance(reply, Update))
 
 
-def _judge(federation: Federation, progress: Progress, devices: Sequence[Device]) -> list[Score]:
+def _judge(federation: Federation, progress: Progress, devices: Sequence[Device], last: bool) -> list[Score]:
     """How the server's test set is answered: by the global adapter, by each peer, or by each client's own model.
 
     Clients' own models are scored where they are, which only a simulation can ask for.
     """
     if federation.method.claims.personal:
         replies = _replies(federation, progress, devices, "test")
-        return [Score(reply.metrics["loss"], reply.metrics["accuracy"], reply.num_examples) for reply in replies]
+        return [
+            Score(reply.metrics["loss"], {n: v for n, v in reply.metrics.items() if n != "loss"}, reply.num_examples)
+            for reply in replies
+        ]
     if progress.peers:
-        return [federation.score(progress.peers[device.client].whole) for device in devices]
-    return [federation.score(progress.state.whole)]
+        return [federation.score(progress.peers[device.client].whole, False) for device in devices]
+    return [federation.score(progress.state.whole, last)]
 
 
-def _class_accuracy(federation: Federation, state: State, fleet: Sequence[Device], whole: float) -> dict[str, float]:
-    """Accuracy of what clients of each rank are sent, by rank; at the full rank that is the whole adapter's."""
+def _class_scores(federation: Federation, state: State, fleet: Sequence[Device], whole: float) -> dict[str, float]:
+    """How what clients of each rank are sent does, by rank; at the full rank that is the whole adapter."""
     one_of_each = {device.rank: device for device in fleet}
-    accuracy = {}
+    scores = {}
     for _, device in sorted(one_of_each.items()):
         for plan in federation.method.assign(state, [device]):
-            at_full_rank = plan.ranks == state.adapter.ranks and plan.scale == 1
-            accuracy[str(device.rank)] = (
-                whole if at_full_rank else federation.score(_applied(federation.method, state, plan)).accuracy
+            scores[str(device.rank)] = (
+                whole
+                if plan.ranks == state.adapter.ranks and plan.scale == 1
+                else federation.score(applied(federation.method, state, plan), False).metrics[federation.metric.name]
             )
-    return accuracy
+    return scores
 
 
-def _applied(method: Method, state: State, plan: Plan) -> Adapter:
+def applied(method: Method, state: State, plan: Plan) -> Adapter:
     """All that a client applies, as one adapter."""
     task = make_task(method, state, plan, kind="test")
     start = Adapter({name: LowRank(part.A, part.B * plan.scale) for name, part in task.start.layers.items()})
     return Adapter(lowrank.together([start, task.applied]).layers, task.start.dense)
 
 
-def _federated(replies: Iterable[Update]) -> dict[str, float] | None:
+def _federated(replies: Iterable[Update], metric: str) -> dict[str, float] | None:
     """The clients' own scores: the mean weighted by examples, and the spread over clients."""
     updates = [reply for reply in replies if reply.num_examples]
     if not updates:
         return None
-    accuracy = [update.metrics["accuracy"] for update in updates]
+    scores = [update.metrics[metric] for update in updates]
     total = sum(update.num_examples for update in updates)
     return {
-        "accuracy": fsum(u.metrics["accuracy"] * u.num_examples for u in updates) / total,  # the same in any order
-        "std": pstdev(accuracy),
-        "min": min(accuracy),
-        "max": max(accuracy),
+        "score": fsum(u.metrics[metric] * u.num_examples for u in updates) / total,  # the same in any order
+        "std": pstdev(scores),
+        "min": min(scores),
+        "max": max(scores),
         "clients": len(updates),
     }
 

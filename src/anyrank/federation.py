@@ -74,9 +74,9 @@ class ModelCost:
         block_backward_flops: those of the backward pass through one block whose weights are frozen.
         num_blocks: transformer blocks of the model.
         base_bytes: size of the frozen weights.
-        block_activation_bytes: what each trained block keeps for its backward pass, inputs of adapters apart.
+        block_activation_bytes: what each trained block keeps for its backward pass, what enters adapters included.
         working_bytes: what a step needs for a moment only, whatever the depth.
-        tokens_per_step: examples times tokens; every adapter keeps that many rows of its input.
+        tokens_per_step: rows that enter an adapter in one pass.
     """
 
     forward_flops: int

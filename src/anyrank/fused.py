@@ -23,7 +23,8 @@ from torch.optim import AdamW, Optimizer
 from anyrank.adapter import NOTHING, Adapter, LowRank, Stack
 from anyrank.federation import Local, Method, Task
 from anyrank.hf import AdaptedModel
-from anyrank.train import Examples, Training, after_backward, batches, collated, losses
+from anyrank.problem import Examples
+from anyrank.train import Training, after_backward, batches, collated, pieces
 
 __all__ = ["Client", "alike", "train_together", "why_apart"]
 
@@ -104,10 +105,11 @@ def train_together(
             frozen = _frozen(running, local)
         parts = [next(order[client]) for client in running]  # before `form` and dropout, which draw from `rng` too
         model.load_together(cohort.stack(), frozen=frozen)
-        loss = _losses(model, running, parts, training)
+        for loss, more in _losses(model, running, parts, training):
+            cohort.backward(loss, more)
         # As in training alone, who has diverged ends with what it had before this step.
         through = {place: cohort.adapter(place) for place, client in enumerate(running) if client.diverged}
-        cohort.step(loss)
+        cohort.step()
         for place, client in enumerate(running):
             client.step += 1
             if client.diverged or client.step == client.task.plan.steps:
@@ -120,16 +122,28 @@ def train_together(
             frozen = _frozen(running, local)
 
 
-def _losses(model: AdaptedModel, running: Sequence[Client], parts: Sequence[list[Any]], training: Training) -> Tensor:
-    """The mean loss of each client, `[clients]`."""
-    sizes = [len(part) for part in parts]
-    batch = collated([example for part in parts for example in part], training)
-    each = losses(model.logits(batch, sizes, rngs=[client.rng for client in running]), batch["labels"])
-    loss = torch.stack([mine.mean() for mine in each.split(sizes)])
-    for client, size, value in zip(running, sizes, loss.tolist(), strict=True):
-        client.total += value
-        client.seen += size
-    return loss
+def _losses(
+    model: AdaptedModel, running: Sequence[Client], parts: Sequence[list[Any]], training: Training
+) -> Iterator[tuple[Tensor, bool]]:
+    """The loss of each client, `[clients]`, pass by pass, and whether there are more passes."""
+    objective, rngs = training.objective, [client.rng for client in running]
+    each = [pieces(part, training.micro_batch) for part in parts]
+    passes = [[own[i] if i < len(own) else [] for own in each] for i in range(max(map(len, each)))]
+    sizes = [[len(part) for part in mine] for mine in passes]
+    batches = [collated([example for part in mine for example in part], training) for mine in passes]
+    targets = [
+        torch.stack([own.sum() for own in objective.targets(batch).split(size)])
+        for batch, size in zip(batches, sizes, strict=True)
+    ]
+    count = torch.stack(targets).sum(0)
+    for number, (batch, size) in enumerate(zip(batches, sizes, strict=True), start=1):
+        each_loss = objective.loss(model.logits(batch, size, rngs=rngs), batch)
+        loss = torch.stack([own.sum() for own in each_loss.split(size)]) / count.to(each_loss.device)
+        for client, value in zip(running, loss.tolist(), strict=True):
+            client.total += value
+        yield loss, number < len(passes)
+    for client, part in zip(running, parts, strict=True):
+        client.seen += len(part)
 
 
 def _frozen(running: Sequence[Client], local: Local) -> Adapter | Stack:
@@ -146,7 +160,8 @@ def _frozen(running: Sequence[Client], local: Local) -> Adapter | Stack:
 #   admit     gives newcomers the next places
 #   keep      goes on with some places; the others have left
 #   stack     what the model applies in the next step
-#   step      moves all that have not diverged, from the loss of each
+#   backward  adds up the gradients of a pass, from the loss of each
+#   step      moves all that have not diverged
 #   adapter   a copy of what the one in a place has now
 
 
@@ -216,16 +231,18 @@ class _Apart:
         clients = [client for client, *_ in self.members]
         return replace(stack, B={name: _scaled(B, clients) for name, B in stack.B.items()})
 
-    def step(self, loss: Tensor) -> None:
-        penalty, objective = self.method.penalty, loss.sum()
-        for _, inner, live, optimizer in self.members:
-            optimizer.zero_grad()
-            if penalty:
-                objective = objective + penalty(live, inner)
-        objective.backward()
+    def backward(self, loss: Tensor, more: bool) -> None:
+        objective = loss.sum()
+        if self.method.penalty and not more:
+            for _, inner, live, _ in self.members:
+                objective = objective + self.method.penalty(live, inner)
+        objective.backward(retain_graph=more)
+
+    def step(self) -> None:
         for client, _, live, optimizer in self.members:
             if not client.diverged:
                 self._move(client, live, optimizer)
+            optimizer.zero_grad()
 
     def _move(self, client: Client, live: Adapter, optimizer: Optimizer) -> None:
         try:
@@ -320,21 +337,20 @@ class _Rows:
         clients = [client for client, _ in self.members]
         return Stack(kinds["A"], {name: _scaled(B, clients) for name, B in kinds["B"].items()}, kinds["dense"])
 
-    def step(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, more: bool) -> None:
         objective = loss.sum()
-        if self.method.penalty:
+        if self.method.penalty and not more:
             own = {name: tensor.unbind() for name, tensor in self.tensors.items()}
             for place, (_, inner) in enumerate(self.members):
                 live = self._cut({name: rows[place] for name, rows in own.items()}, inner)
                 objective = objective + self.method.penalty(live, inner)
         trained = [column for column in self.columns if column.trained]
-        gradients = torch.autograd.grad(objective, [self.tensors[column.name] for column in trained])
+        gradients = torch.autograd.grad(objective, [self.tensors[column.name] for column in trained], retain_graph=more)
         for column, gradient in zip(trained, gradients, strict=True):
-            self.grads[:, column.at] = gradient.flatten(1)
-        self._adamw()
+            self.grads[:, column.at] += gradient.flatten(1)
 
     @torch.no_grad()
-    def _adamw(self) -> None:
+    def step(self) -> None:
         """Loshchilov, Hutter. Decoupled Weight Decay Regularization. ICLR 2019, arXiv 1711.05101."""
         if largest := self.training.max_grad_norm:
             self.grads.mul_((largest / (self.grads.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1))
@@ -344,6 +360,7 @@ class _Rows:
         self.m.lerp_(self.grads, 1 - _BETA1)
         self.v.mul_(_BETA2).addcmul_(self.grads, self.grads, value=1 - _BETA2)
         self.values.sub_(self.m.div(c1).mul_(self.rate).div_(self.v.div(c2).sqrt_().add_(_EPS)))
+        self.grads.zero_()
 
     def _cut(self, tensors: Mapping[str, Tensor], like: Adapter) -> Adapter:
         """Of a client's padded tensors, its own slots."""

@@ -1,39 +1,52 @@
 """From a recipe to the objects it names: model, data, clients, devices, ranks, method. Everything is checked here."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Subset
-from transformers import DataCollatorWithPadding
+from datasets import Dataset
 
 from anyrank import config, data, hf
 from anyrank.adapter import Adapter
-from anyrank.allocate import RANK_POLICIES, Candidate, deal_classes, ordered
+from anyrank.allocate import RANK_POLICIES, Candidate, affordable, deal_classes, ordered
 from anyrank.baselines import BASELINES, Cohort
 from anyrank.compute import settled
 from anyrank.config import Baseline, Choices, Recipe
 from anyrank.device import PROFILES, too_small
 from anyrank.errors import ConfigError
-from anyrank.federation import Device, Local, Method, Plan, Profile, Spec
+from anyrank.federation import Device, Local, Method, ModelCost, Plan, Profile, Spec
 from anyrank.fused import why_apart
 from anyrank.hf import AdaptedModel
 from anyrank.local import LOCALS
 from anyrank.methods import METHODS, proximal, server_optimizer
 from anyrank.pretrained import Pretrained, resolve
-from anyrank.seeding import numpy_generator
+from anyrank.problem import Batch, Problem
+from anyrank.problems import PROBLEMS, Given
+from anyrank.seeding import numpy_generator, seed_of
 from anyrank.topology import TOPOLOGIES, Topology, check_topology
-from anyrank.train import Examples, Training
+from anyrank.train import Training
 
-__all__ = ["CHOICES", "QUICKSTART", "Job", "load_recipe", "prepare", "with_baseline"]
+__all__ = [
+    "CHOICES",
+    "QUICKSTART",
+    "Job",
+    "Learner",
+    "content_hash",
+    "learner",
+    "load_recipe",
+    "prepare",
+    "with_baseline",
+]
 
 QUICKSTART = Path(__file__).with_name("quickstart.toml")
 CHOICES: Choices = {
+    "problem": PROBLEMS,
     "method": METHODS,
     "local": LOCALS,
     "partition": data.PARTITIONS,
@@ -49,10 +62,9 @@ class Job:
     Args:
         recipe: the resolved recipe.
         base: where the base model is.
+        problem: what is learned.
         model: the base model with LoRA injected.
-        examples: the data set.
-        encoded: its tokenised training part.
-        test: its tokenised test part, in order of length.
+        base_hash: of the base model's weights, SHA-256 (hex).
         training: how clients train.
         cohort: who takes part.
         spec: the run's constants.
@@ -62,10 +74,9 @@ class Job:
 
     recipe: Recipe
     base: Pretrained
+    problem: Problem
     model: AdaptedModel
-    examples: data.Labelled
-    encoded: Any
-    test: Any
+    base_hash: str
     training: Training
     cohort: Cohort
     spec: Spec
@@ -92,7 +103,7 @@ class Job:
         """What is allowed but worth knowing."""
         levels, narrow = self.spec.levels, min(min(layer.d_in, layer.d_out) for layer in self.spec.layers)
         largest = self.largest_rank
-        remarks = []
+        remarks = list(self.problem.remarks)
         if largest > narrow:
             remarks.append(f"rank {largest} is above {narrow}, the smaller side of a layer: some slots are redundant")
         if not self.training.local.has_factors:
@@ -102,6 +113,7 @@ class Job:
             remarks.append(f"{self.cohort.method} has no mixed ranks: everyone trains at rank {largest}, {which}")
         if apart := why_apart(self.model, self.training.local):
             remarks.append(f"clients do not share passes, they train one after another: {apart}")
+        remarks += self._shallow()
         idle = self.cohort.fleet.keys() - {plan.client for plan in self.plans}
         if idle:
             remarks.append(
@@ -110,71 +122,146 @@ class Job:
             )
         return remarks
 
+    def _shallow(self) -> list[str]:
+        """Who cannot train all blocks, where ranks are chosen by what devices afford."""
+        if self.recipe.ranks["name"] != "auto" or not self.training.local.has_factors:
+            return []
+        settings, deepest = _arguments(self.recipe.ranks), len(self.spec.blocks)
+        depths = [affordable(self.spec, device, **settings)[1] for device in self.cohort.fleet.values()]
+        shallow = [depth for depth in depths if depth < deepest]
+        return (
+            [
+                f"auto: {len(shallow)} of {len(depths)} clients afford rank 1 in the last {min(shallow)} to {max(shallow)} of "
+                f"{deepest} blocks only; a method that chooses depths can use them"
+            ]
+            if shallow
+            else []
+        )
 
-def load_recipe(file: Path | None = None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
-    """Read a recipe, the embedded default if none is named.
+
+def load_recipe(
+    recipe: Path | Mapping[str, Any] | None = None, overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> Recipe:
+    """Check a recipe and fill in every default.
 
     Args:
-        file: a TOML file.
+        recipe: a TOML file, or tables as TOML would give them; None takes the embedded default.
         overrides: values by dotted key, or `key=value` strings.
 
     Raises:
         ConfigError: with all problems of the recipe.
     """
     values = overrides if isinstance(overrides, Mapping) else config.parse_overrides(overrides)
-    return config.load(file or QUICKSTART, values, CHOICES)
+    if isinstance(recipe, Mapping):
+        return config.resolve(recipe, values, CHOICES)
+    return config.load(recipe or QUICKSTART, values, CHOICES)
 
 
-def prepare(recipe: Recipe) -> Job:
-    """Load model and data, deal out clients, devices and ranks.
+class Learner(NamedTuple):
+    """What trains, before it is known who does.
+
+    Attributes:
+        base: where the base model is.
+        problem: what is learned.
+        model: the base model with LoRA injected.
+        base_hash: of the base model's weights, SHA-256 (hex).
+        start: the adapter to start from.
+        training: how clients train.
+        batch: of the largest examples there can be, for one pass.
+        passes: in a local step.
+        cost: of a local step.
+    """
+
+    base: Pretrained
+    problem: Problem
+    model: AdaptedModel
+    base_hash: str
+    start: Adapter
+    training: Training
+    batch: Batch
+    passes: int
+    cost: ModelCost
+
+
+def learner(recipe: Recipe, problem: Problem | None = None) -> Learner:
+    """Load model and data.
+
+    Args:
+        recipe: what is to be run.
+        problem: for a recipe that leaves it to its caller.
 
     Raises:
-        ConfigError: whatever does not fit, before anything is trained.
+        ConfigError: they cannot be had, or do not fit.
     """
-    base = resolve(recipe.model.name)
-    examples = _load_data(recipe)
-    shards = _partition(recipe, examples)
+    if problem is not None and recipe.problem["name"] != config.OWN:
+        raise ConfigError(
+            f'problem.name: a problem is handed over; expected "{config.OWN}", got {recipe.problem["name"]!r}.'
+        )
+    base = resolve(recipe.model.name) if recipe.model.name else Pretrained("", config.OWN)
+    problem = problem or _problem(recipe, base)
+    if recipe.train.group_by_length and problem.lengths is None:
+        raise ConfigError("train.group_by_length: the examples of this problem are all of one size; leave it out.")
     local = _local(recipe)
-    model, start = _load_model(recipe, base, examples, local)
-    tokenizer = hf.load_tokenizer(base)
-    _check_length(recipe, model, tokenizer)
-    encode = partial(data.encode, tokenizer=tokenizer, text=examples.text, max_length=recipe.data.max_length)
-    test = encode(examples.test)
+    model, start, base_hash = _load_model(recipe, problem, local)
     training = Training(
         local=local,
         learning_rate=recipe.train.learning_rate,
         weight_decay=recipe.train.weight_decay,
         batch_size=recipe.train.batch_size,
-        collate=_Collate(DataCollatorWithPadding(tokenizer)),
+        collate=problem.collate,
+        objective=problem.objective,
         max_grad_norm=recipe.train.max_grad_norm,
         group_by_length=recipe.train.group_by_length,
+        micro_batch=recipe.train.micro_batch,
     )
-    encoded = encode(examples.train)
-    model.probe(_seven_of_four_tokens(encoded, training))
-    cohort = _cohort(recipe, _fleet(recipe, examples, shards), shards)
+    model.probe(_seven_of_four_tokens(problem))
+    if recipe.problem["name"] == config.OWN:
+        _check_loss(problem, model)
+    at_once = min(recipe.train.batch_size, recipe.train.micro_batch or recipe.train.batch_size)
+    batch, passes = problem.batch_of_largest(at_once), math.ceil(recipe.train.batch_size / at_once)
+    cost = model.cost(batch, problem.objective.loss, passes=passes)
+    return Learner(base, problem, model, base_hash, start, training, batch, passes, cost)
+
+
+def prepare(recipe: Recipe, problem: Problem | None = None) -> Job:
+    """Load model and data, deal out clients, devices and ranks.
+
+    Args:
+        recipe: what is to be run.
+        problem: for a recipe that leaves it to its caller.
+
+    Raises:
+        ConfigError: whatever does not fit, before anything is trained.
+    """
+    loaded = learner(recipe, problem)
+    problem, model, training, cost = loaded.problem, loaded.model, loaded.training, loaded.cost
+    shards = _partition(recipe, _columns(problem))
+    local = training.local
+    spec = Spec(local.layers(model.layers), (), recipe.lora.scale, recipe.seed, loaded.start, cost)
+    cohort = _cohort(recipe, _fleet(recipe, problem, shards, spec), shards)
     method = _method(recipe, cohort)
-    levels = tuple(sorted({device.rank for device in cohort.fleet.values()}))
-    cost = model.cost(batch_size=recipe.train.batch_size, tokens=recipe.data.max_length)
     compute = settled(
         recipe.compute,
-        cost=cost,
+        cost=replace(
+            cost,
+            forward_flops=cost.forward_flops // loaded.passes,
+            block_backward_flops=cost.block_backward_flops // loaded.passes,
+        ),
         dtype=recipe.model.dtype,
-        lengths=encoded["length"][:],
-        batch_size=recipe.train.batch_size,
+        lengths=[1] if problem.lengths is None else problem.lengths.tolist(),
+        batch_size=min(recipe.train.batch_size, recipe.train.micro_batch or recipe.train.batch_size),
         clients=cohort.per_round,
         apart=bool(why_apart(model, local)),
     )
-    spec = Spec(local.layers(model.layers), levels, recipe.lora.scale, recipe.seed, start, cost)
     job = Job(
         recipe=recipe.model_copy(update={"compute": compute}),
-        base=base,
+        base=loaded.base,
+        problem=problem,
         model=model,
-        examples=examples,
-        encoded=encoded,
-        test=Subset(test, np.argsort(test["length"], kind="stable").tolist()),  # pyright: ignore
+        base_hash=loaded.base_hash,
         training=training,
         cohort=cohort,
-        spec=spec,
+        spec=replace(spec, levels=tuple(sorted({device.rank for device in cohort.fleet.values()}))),
         method=method,
         topology=_topology(recipe, cohort, method),
     )
@@ -182,19 +269,36 @@ def prepare(recipe: Recipe) -> Job:
     return job
 
 
-def _seven_of_four_tokens(encoded: Examples, training: Training) -> Mapping[str, torch.Tensor]:
-    batch = training.collate([encoded[i % len(encoded)] for i in range(7)])
-    return {name: tensor[:, :4] if tensor.ndim == 2 else tensor for name, tensor in batch.items()}
+def _problem(recipe: Recipe, base: Pretrained) -> Problem:
+    table, model = recipe.data, recipe.model
+    loading = hf.Loading(getattr(torch, model.dtype), model.quantize, model.attention, model.device_map)
+    given = Given(base, loading, table.source or "", table.test, table.test_share, recipe.seed)
+    return PROBLEMS[recipe.problem["name"]](given, **_arguments(recipe.problem))
 
 
-class _Collate:
-    """Pads to the longest example of a batch, and leaves out what only we need."""
+def _check_loss(problem: Problem, model: AdaptedModel) -> None:
+    """Refuse a loss that is a mean already: it would be divided by the number of examples once more."""
+    batch = problem.collate([problem.train[0]] * 2)
+    model.load(Adapter({}, model.dense))
+    with torch.inference_mode():
+        found = problem.objective.loss(model.logits(batch), batch)
+    if found.shape[:1] != (2,):
+        raise ConfigError(
+            f"problem.objective: expected a loss for each example, [2] for two of them, got {list(found.shape)}. Leave the "
+            'mean out, such as with reduction="none".'
+        )
 
-    def __init__(self, pad: DataCollatorWithPadding):
-        self.pad = pad
 
-    def __call__(self, items: list[dict]) -> Mapping[str, torch.Tensor]:
-        return self.pad([{key: value for key, value in item.items() if key != "length"} for item in items])
+def _columns(problem: Problem) -> Dataset:
+    """What a partition can go by; at least there is a row for each training example."""
+    return Dataset.from_dict(dict(problem.columns) or {"row": range(len(problem.train))})
+
+
+def _seven_of_four_tokens(problem: Problem) -> Batch:
+    """A batch whose tokens, where it has any, cannot be taken for examples."""
+    batch = problem.collate([problem.train[i % len(problem.train)] for i in range(7)])
+    shape = batch["input_ids"].shape if "input_ids" in batch else None
+    return {name: tensor[..., :4] if tensor.shape == shape else tensor for name, tensor in batch.items()}
 
 
 def _arguments(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,21 +306,9 @@ def _arguments(table: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in table.items() if key != "name"}
 
 
-def _load_data(recipe: Recipe) -> data.Labelled:
-    table = recipe.data
-    return data.load(
-        table.source,
-        text=table.text,
-        label=table.label,
-        test=table.test,
-        test_share=table.test_share,
-        seed=recipe.seed,
-    )
-
-
-def _partition(recipe: Recipe, examples: data.Labelled) -> dict[str, np.ndarray]:
+def _partition(recipe: Recipe, columns: Dataset) -> dict[str, np.ndarray]:
     divide = data.PARTITIONS[recipe.partition["name"]]
-    shards = divide(examples.train, numpy_generator(recipe.seed, "partition"), **_arguments(recipe.partition))
+    shards = divide(columns, numpy_generator(recipe.seed, "partition"), **_arguments(recipe.partition))
     if recipe.fleet.per_round > len(shards):
         raise ConfigError(f"fleet.per_round: {recipe.fleet.per_round} clients a round, but there are {len(shards)}.")
     return shards
@@ -249,27 +341,38 @@ def _local(recipe: Recipe) -> Local:
     return local
 
 
-def _load_model(
-    recipe: Recipe, base: Pretrained, examples: data.Labelled, local: Local
-) -> tuple[AdaptedModel, Adapter]:
-    """The model, and the adapter to start from: one that the recipe names, or just the head's first values."""
-    dtype = getattr(torch, recipe.model.dtype)
-    classifier = hf.load_classifier(base, label_names=examples.label_names, seed=recipe.seed, dtype=dtype)
+def _load_model(recipe: Recipe, problem: Problem, local: Local) -> tuple[AdaptedModel, Adapter, str]:
+    """The model, the adapter to start from (the recipe's, or just the head's first values), and the base's hash."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(recipe.seed, "head"))
+        base = problem.model()
+    base_hash = content_hash(base)
     table = recipe.lora
     model = AdaptedModel(
-        classifier,
+        base,
         scale=table.scale,
         target_modules=table.target_modules,
         modules_to_save=table.modules_to_save,
         weights=local.weights,
         dropout=table.dropout,
+        checkpointed=recipe.model.checkpointing,
         **_experts(local, scale=table.scale),
     )
     if table.start is None:
-        return model, Adapter({}, model.dense)
+        return model, Adapter({}, model.dense), base_hash
     start = _read("lora.start", table.start, scale=table.scale)
     _check_start(table.start, start, model, local)
-    return model, Adapter(start.layers, {**model.dense, **start.dense})
+    return model, Adapter(start.layers, {**model.dense, **start.dense}), base_hash
+
+
+def content_hash(model: torch.nn.Module) -> str:
+    """Of all that a model computes with, SHA-256 (hex)."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.Tensor):  # a quantised layer keeps more than tensors
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(name.encode() + flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _experts(local: Local, *, scale: float) -> dict[str, Any]:
@@ -285,17 +388,6 @@ def _read(key: str, folder: str, *, scale: float) -> Adapter:
         return hf.read_adapter(Path(folder), scale=scale)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
-
-
-def _check_length(recipe: Recipe, model: AdaptedModel, tokenizer: Any) -> None:
-    positions, wanted = model.positions, recipe.data.max_length
-    problems = []
-    if positions is not None and wanted > positions:
-        problems.append(f"data.max_length: {wanted} tokens, but the model has {positions} positions.")
-    if tokenizer.pad_token is None:
-        problems.append(f"model.name: the tokenizer of {recipe.model.name} has no padding token, which batches need.")
-    if problems:
-        raise ConfigError(problems)
 
 
 def _check_start(folder: str, start: Adapter, model: AdaptedModel, local: Local) -> None:
@@ -314,7 +406,7 @@ def _check_start(folder: str, start: Adapter, model: AdaptedModel, local: Local)
         raise ConfigError(problems)
 
 
-def _fleet(recipe: Recipe, examples: data.Labelled, shards: Mapping[str, np.ndarray]) -> dict[str, Device]:
+def _fleet(recipe: Recipe, problem: Problem, shards: Mapping[str, np.ndarray], spec: Spec) -> dict[str, Device]:
     """Deal device classes and ranks to the clients."""
     profiles = _profiles(recipe)
     classes = recipe.fleet.classes
@@ -323,26 +415,28 @@ def _fleet(recipe: Recipe, examples: data.Labelled, shards: Mapping[str, np.ndar
     )
     kept = {client: _kept(recipe, client, shard) for client, shard in shards.items()}
     sizes = {client: len(rows) for client, rows in kept.items()}
-    labels = np.asarray(examples.train["label"][:])
-    candidates = [Candidate(c, kinds[c], sizes[c], classes[kinds[c]].rank) for c in shards]
-    if not _local(recipe).has_factors:
-        ranks = dict.fromkeys(shards, 0)
-    else:
-        policy = RANK_POLICIES[recipe.ranks["name"]]
-        ranks = policy(candidates, numpy_generator(recipe.seed, "ranks"), **_arguments(recipe.ranks))
-        ranks = ordered(ranks, sizes, order=recipe.fleet.rank_order)
-    return {
+    labels = np.asarray(problem.columns["label"]) if problem.label_names and "label" in problem.columns else None
+    devices = {
         c: Device(
             c,
             kinds[c],
             profiles[kinds[c]],
-            ranks[c],
+            0,
             sizes[c],
             _steps(recipe, sizes[c]),
-            _labels(labels[kept[c]], len(examples.label_names)),
+            () if labels is None else _labels(labels[kept[c]], len(problem.label_names)),
         )
         for c in shards
     }
+    if not _local(recipe).has_factors:
+        return devices
+    candidates = [
+        Candidate(c, kinds[c], sizes[c], classes[kinds[c]].rank, partial(affordable, spec, devices[c])) for c in shards
+    ]
+    policy = RANK_POLICIES[recipe.ranks["name"]]
+    ranks = policy(candidates, numpy_generator(recipe.seed, "ranks"), **_arguments(recipe.ranks))
+    ranks = ordered(ranks, sizes, order=recipe.fleet.rank_order)
+    return {c: replace(device, rank=ranks[c]) for c, device in devices.items()}
 
 
 def _labels(labels: np.ndarray, classes: int) -> tuple[int, ...]:
@@ -436,7 +530,7 @@ def _check_ranks(job: Job) -> None:
     if not plans:
         raise ConfigError(
             f"fleet.classes: {job.cohort.method} has no work that any of the devices can hold in memory. Name larger "
-            "devices, or lower train.batch_size, data.max_length or the ranks."
+            "devices, or lower train.batch_size, problem.max_length or the ranks."
         )
     if sentences := too_small(
         plans, devices, model=job.spec.cost, layers=job.spec.layers, dense_parameters=job.dense_parameters
@@ -452,8 +546,8 @@ def with_baseline(job: Job, baseline: Baseline, examples: int) -> Job:
         baseline: a name in `BASELINES`.
         examples: how many training examples the federated run went through.
     """
-    recipe = job.recipe.model_copy(update={"baseline": baseline, "compare": []})
-    cohort = _cohort(recipe, _fleet(recipe, job.examples, job.cohort.shards), job.cohort.shards, examples)
+    recipe = job.recipe.model_copy(update={"baseline": baseline, "compare": [], "track": []})
+    cohort = _cohort(recipe, _fleet(recipe, job.problem, job.cohort.shards, job.spec), job.cohort.shards, examples)
     levels = tuple(sorted({device.rank for device in cohort.fleet.values()}))
     method = _method(recipe, cohort)
     return replace(

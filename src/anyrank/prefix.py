@@ -28,7 +28,8 @@ from torch import Tensor
 
 from anyrank.federation import Layer, Method, Task
 from anyrank.hf import BLOCK, ENTERING, AdaptedModel, Stem
-from anyrank.train import Examples, Training
+from anyrank.problem import Examples
+from anyrank.train import Training
 
 __all__ = ["Prefix", "Store", "possible"]
 

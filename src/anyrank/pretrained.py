@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anyrank.errors import ConfigError
+from anyrank.paths import expanded
+from anyrank.plain import PLAIN
 
 __all__ = ["Pretrained", "resolve"]
 
@@ -58,17 +60,20 @@ def resolve(name: str) -> Pretrained:
     """Find a base model.
 
     Args:
-        name: a folder with `config.json`, a model that a Python package carries (`all-MiniLM-L6-v2`), or a hub name.
+        name: a plain model of ours (`mlp`, `cnn`), a folder with `config.json`, a model that a Python package carries
+            (`all-MiniLM-L6-v2`), or a hub name.
 
     Raises:
         ConfigError: a folder without a model, or a packaged model whose package is missing or carries other files.
     """
-    folder = Path(name).expanduser()
+    if name in PLAIN:
+        return Pretrained(name, name)
+    folder = expanded(name, key="model.name")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ConfigError(f"model.name: the folder {name} holds no config.json, so it is not a saved model.")
         return Pretrained(str(folder), folder.resolve().name)
-    if name.startswith((".", "/", "~")):
+    if name.startswith((".", "/", "~", "$")):
         raise ConfigError(f"model.name: there is no folder {name}.")
     short = name.removeprefix("sentence-transformers/")
     if short in _PACKAGES:

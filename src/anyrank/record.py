@@ -5,7 +5,8 @@ rounds.jsonl        one flat JSON object per round
 checkpoint/         state.safetensors: server state, fleet, clock; replaced atomically after each round
 memory/CLIENT/      what clients keep for themselves, with methods that have a private part
 adapter/            the result as a PEFT directory, once the run has ended
-clients/CLIENT/     in its place for personal methods: a PEFT directory for each client that took part
+classes/rank-R/     what a client of each rank is sent, likewise
+clients/CLIENT/     of each client that took part, likewise: for methods that have no global adapter, or if asked for
 compare/NAME/       run folders of the baselines that the recipe compares with
 """
 
@@ -26,7 +27,7 @@ from anyrank.wire import decode, encode
 
 __all__ = ["FORMAT", "RunFolder"]
 
-FORMAT = 1
+FORMAT = 2
 
 
 class RunFolder:
@@ -88,8 +89,10 @@ class RunFolder:
             raise RecordError(f"{path / 'run.json'} cannot be read ({error}).") from error
         if not isinstance(info, dict) or info.get("format") != FORMAT:
             found = info.get("format") if isinstance(info, dict) else "something else"
-            raise RecordError(f"{path / 'run.json'} is not a run of format {FORMAT}; it says {found!r}.")
-        missing = {"recipe", "rounds", "method", "versions", "data", "fleet", "modules_to_save"} - set(info)
+            shown = " `anyrank report` can still show it." if found == 1 else ""
+            raise RecordError(f"{path / 'run.json'} is not a run of format {FORMAT}; it says {found!r}.{shown}")
+        missing = {"recipe", "rounds", "method", "metric", "references", "versions", "data", "fleet", "modules_to_save"}
+        missing -= set(info)
         if missing:
             raise RecordError(f"{path / 'run.json'} lacks {', '.join(sorted(missing))}; it is not from anyrank.")
         return cls(path, info)
@@ -151,7 +154,7 @@ class RunFolder:
         Args:
             spec: of the run.
             fleet: the run's devices; what was learned of them is the checkpoint's.
-            target: the accuracy to reach, of which the records tell when it was reached.
+            target: the value of the run's metric to reach, of which the records tell when it was reached.
 
         Raises:
             RecordError: a checkpoint that is truncated, foreign, or of another fleet.
@@ -180,7 +183,7 @@ class RunFolder:
                 "the folder was changed. Start a new run."
             )
         self._keep(records)
-        reached = [r["simulated_seconds"] for r in records if target is not None and (r["accuracy"] or 0.0) >= target]
+        reached = [r["simulated_seconds"] for r in records if target is not None and self._reaches(r["score"], target)]
         states = {
             name: _restored(spec, header["round"], outline, adapters, i)
             for i, (name, outline) in enumerate(header["states"])
@@ -189,6 +192,11 @@ class RunFolder:
         state = states.pop("")
         late = tuple(_awaited(entry, adapters) for entry in header["late"])
         return Progress(state, devices, states, late, header["seconds"], reached[0] if reached else None)
+
+    def _reaches(self, score: int | float | None, target: int | float) -> bool:
+        if score is None:
+            return False
+        return score >= target if self.info["metric"]["higher_is_better"] else score <= target
 
     def _keep(self, records: list[dict[str, Any]]) -> None:
         if (self.path / "rounds.jsonl").exists():

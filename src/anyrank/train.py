@@ -4,20 +4,19 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from torch.optim import Optimizer
 
 from anyrank.adapter import NOTHING, Adapter, LowRank
 from anyrank.federation import Local, Method, Task
 from anyrank.hf import BLOCK, ENTERING, AdaptedModel, entering
+from anyrank.problem import CLASSIFICATION, Answers, Batch, Examples, Metric, Objective
 
 __all__ = [
-    "Batch",
-    "Examples",
     "Score",
     "Training",
     "after_backward",
@@ -25,24 +24,9 @@ __all__ = [
     "collated",
     "evaluate",
     "examples_in",
-    "losses",
+    "pieces",
     "train",
 ]
-
-Batch = Mapping[str, Tensor]
-
-
-@runtime_checkable
-class Examples(Protocol):
-    """A map-style data set: anything with a length and items by position."""
-
-    def __len__(self) -> int:
-        """How many examples there are."""
-        ...
-
-    def __getitem__(self, index: int, /) -> Any:
-        """One example, as the collate function takes it."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -57,6 +41,8 @@ class Training:
         max_grad_norm: gradients of a step are shrunk to this norm, all of a client's together; None leaves them as they are.
         group_by_length: put examples of about the same length into a batch; they need a `length`.
         collate: examples to a batch of tensors, padded to the longest of them; `labels` among them.
+        objective: the loss, and the metrics.
+        micro_batch: examples in one pass; a step has several where its batch is larger. None passes it whole.
     """
 
     local: Local
@@ -64,22 +50,24 @@ class Training:
     weight_decay: float
     batch_size: int
     collate: Callable[[list[Any]], Batch]
+    objective: Objective = CLASSIFICATION
     max_grad_norm: float | None = None
     group_by_length: bool = False
+    micro_batch: int | None = None
 
 
 @dataclass(frozen=True)
 class Score:
-    """Means over examples.
+    """How well an adapter does.
 
     Args:
-        loss: mean loss.
-        accuracy: share of examples whose label got the largest logit.
+        loss: mean over targets.
+        metrics: by name.
         num_examples: how many there were.
     """
 
     loss: float
-    accuracy: float
+    metrics: Mapping[str, float]
     num_examples: int
 
 
@@ -114,24 +102,29 @@ def train(
         the trained adapter; the mean loss over the steps (without penalties), the examples in them, and the sums of what was
         observed.
     """
-    local, plan = method.local or training.local, task.plan
+    local, objective, plan = method.local or training.local, training.objective, task.plan
     inner = local.enter(start).map(lambda tensor: tensor.to(model.device))
     live = _live(model, local, task, inner)
     optimizer = local.optimizer(live, training.learning_rate, training.weight_decay)
     total, seen, observed = 0.0, 0, Counter[str]()
     for step, examples in enumerate(batches(data, plan.steps, training, rng)):
-        batch = collated(examples, training)
         if local.form:
             model.form(local.form(live, rng).layers)
-        loss = losses(model.logits(batch, rngs=[rng]), batch["labels"]).mean()
-        total, seen = total + loss.item(), seen + len(examples)
+        optimizer.zero_grad()
+        parts = [collated(part, training) for part in pieces(examples, training.micro_batch)]
+        count = sum(int(objective.targets(part).sum()) for part in parts)
+        for number, batch in enumerate(parts):
+            loss = objective.loss(model.logits(batch, rngs=[rng]), batch).sum() / count
+            total += loss.item()
+            if number == 0 and method.penalty:
+                loss = loss + method.penalty(live, inner)
+            if local.mixture and local.mixture.penalty:
+                share = len(batch["labels"]) / len(examples)
+                loss = loss + share * local.mixture.penalty(model.mean_gates(batch.get("attention_mask")))
+            loss.backward(retain_graph=number < len(parts) - 1)  # they share what factors were formed from
+        seen += len(examples)
         if not math.isfinite(total):
             break  # training has diverged: whoever gets this rejects it by its loss
-        objective = loss if method.penalty is None else loss + method.penalty(live, inner)
-        if local.mixture and local.mixture.penalty:
-            objective = objective + local.mixture.penalty(model.mean_gates(batch.get("attention_mask")))
-        optimizer.zero_grad()
-        objective.backward()
         if method.observe:
             observed.update(method.observe(live))
         after_backward(live, optimizer, step, local=local, max_grad_norm=training.max_grad_norm)
@@ -153,9 +146,9 @@ def after_backward(
             local.on_step(live, optimizer, step)
 
 
-def losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss of each example: cross-entropy."""
-    return F.cross_entropy(logits, labels.to(logits.device), reduction="none")
+def pieces(examples: Sequence[Any], size: int | None) -> list[Sequence[Any]]:
+    """The examples of a step, in as many passes as it takes."""
+    return [examples[first : first + size] for first in range(0, len(examples), size)] if size else [examples]
 
 
 def _live(model: AdaptedModel, local: Local, task: Task, inner: Adapter) -> Adapter:
@@ -194,7 +187,7 @@ def batches(data: Examples, steps: int, training: Training, rng: torch.Generator
 
 def collated(examples: Sequence[Any], training: Training) -> Batch:
     """Examples to a batch, with the hidden states that enter a block where all of them bring some along."""
-    states = [example[ENTERING] for example in examples if ENTERING in example]
+    states = [example[ENTERING] for example in examples if isinstance(example, Mapping) and ENTERING in example]
     if not states:
         return training.collate(list(examples))
     batch = training.collate([{k: v for k, v in example.items() if k not in (ENTERING, BLOCK)} for example in examples])
@@ -210,16 +203,32 @@ def evaluate(
     training: Training,
     frozen: Adapter = NOTHING,
     scale: float = 1.0,
+    metrics: Sequence[Metric] | None = None,
 ) -> Score:
-    """Score an adapter on examples; in order of length they are padded least."""
+    """Score an adapter on examples; in order of length they are padded least.
+
+    Args:
+        model: the shared base model; its adapter is replaced.
+        adapter: what is scored.
+        data: at least one example.
+        training: batch size, loss, metrics.
+        frozen: what is applied besides.
+        scale: a factor on the run's scale, for `adapter` alone.
+        metrics: by which; None takes all.
+    """
     spread = training.local.spread
     model.load(spread(adapter), frozen=spread(frozen), scale=scale)
-    size = 4 * training.batch_size  # no gradients are kept, so larger batches fit
-    loss, correct = 0.0, 0
+    objective = training.objective
+    size = 4 * (training.micro_batch or training.batch_size)  # no gradients are kept, so larger batches fit
+    loss, targets, answers = 0.0, 0, list[tuple[np.ndarray, np.ndarray]]()
     for first in range(0, len(data), size):
         batch = training.collate([data[i] for i in range(first, min(first + size, len(data)))])
         with torch.inference_mode():
-            logits, labels = model.logits(batch), batch["labels"]
-        loss += losses(logits, labels).sum().item()
-        correct += int((logits.argmax(-1).cpu() == labels).sum())
-    return Score(loss / len(data), correct / len(data), len(data))
+            logits = model.logits(batch)
+            loss += objective.loss(logits, batch).sum().item()
+            predictions, labels = objective.predict(logits, batch)
+        targets += int(objective.targets(batch).sum())
+        answers.append((predictions.cpu().numpy(), labels.cpu().numpy()))
+    predictions, labels = (np.concatenate(parts) for parts in zip(*answers, strict=True))
+    reached = Answers(predictions, labels, loss / targets)
+    return Score(reached.loss, {metric.name: metric.of(reached) for metric in metrics or objective.metrics}, len(data))

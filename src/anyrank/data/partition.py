@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset
 from jaxtyping import Int64
 
-from anyrank.data.load import absent_columns
+from anyrank.data.read import absent_columns
 from anyrank.errors import ConfigError
 from anyrank.seeding import numpy_generator
 
@@ -56,6 +56,7 @@ def dirichlet(
         ConfigError: no draw gives every client enough.
     """
     _check(data, {"clients": clients, "min_examples": min_examples}, alpha)
+    _check_labels(data, "dirichlet")
     labels = np.asarray(data["label"][:])
     for _ in range(TRIES):
         parts = _by_class(labels, rng, clients, alpha)
@@ -81,6 +82,7 @@ def shards(data: Dataset, rng: np.random.Generator, *, clients: int, per_client:
         ConfigError: there are more shards than examples.
     """
     _check(data, {"clients": clients, "per_client": per_client})
+    _check_labels(data, "shards")
     ordered = np.argsort(np.asarray(data["label"][:]), kind="stable")
     cut = np.array_split(ordered, clients * per_client)
     dealt = rng.permutation(len(cut)).reshape(clients, per_client)
@@ -172,6 +174,14 @@ def _check(data: Dataset, counts: Mapping[str, int], alpha: float = 1.0) -> None
         problems.append(f"partition: {asked} needs {needed} training examples, found {len(data)}; lower it")
     if problems:
         raise ConfigError(problems)
+
+
+def _check_labels(data: Dataset, name: str) -> None:
+    if "label" not in data.column_names:
+        raise ConfigError(
+            f"partition.name: {name} goes by labels, and these examples have none; use iid, quantity or by_column "
+            f"(columns: {', '.join(data.column_names)})"
+        )
 
 
 def _by_class(labels: np.ndarray, rng: np.random.Generator, clients: int, alpha: float) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""What rules that understand nothing reach on the test set: the floor under any accuracy that is reported."""
+"""What rules that understand nothing answer to the test set: the floor under any score that is reported."""
 
 import re
 from collections import Counter
@@ -14,20 +14,23 @@ __all__ = ["majority", "overlap"]
 WORD = re.compile(r"[^\W_]+")
 
 
-def majority(data: Labelled) -> float:
-    """Test accuracy (0 to 1) of always answering the most frequent training label, the lowest at a tie."""
+def majority(data: Labelled) -> np.ndarray:
+    """To every test example the most frequent training label, the lowest at a tie."""
     counts = Counter(data.train["label"][:])
     answer = min(counts, key=lambda label: (-counts[label], label))
-    return float(np.mean(np.asarray(data.test["label"][:]) == answer))
+    return np.full(len(data.test), answer)
 
 
-def overlap(data: Labelled) -> float | None:
-    """Test accuracy (0 to 1) of logistic regression on how many words a pair shares; None for single texts."""
-    if len(data.text) != 2:
+def overlap(data: Labelled) -> np.ndarray | None:
+    """What logistic regression on how many words a pair shares answers to the test examples.
+
+    None for single texts, and where all training examples have one label, as those that are only scored may.
+    """
+    labels = data.train["label"][:]
+    if len(data.text) != 2 or len(set(labels)) < 2:
         return None
     train, test = (_shared_words(part, data.text) for part in (data.train, data.test))
-    model = LogisticRegression().fit(train, data.train["label"][:])
-    return float(model.score(test, data.test["label"][:]))
+    return LogisticRegression().fit(train, labels).predict(test)
 
 
 def _shared_words(part: Dataset, text: tuple[str, ...]) -> np.ndarray:

@@ -7,6 +7,7 @@ that nothing rests on colour alone. A `<title>` in a mark is its tooltip.
 
 import math
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -26,6 +27,7 @@ __all__ = [
     "columns",
     "lines",
     "percent_tick",
+    "ratio_ticks",
     "swatch",
     "ticks",
 ]
@@ -58,6 +60,7 @@ class Axis:
         low: where it begins; None lets the data decide.
         high: where it ends; likewise.
         whole: ticks at whole numbers only.
+        log: equal distances are equal ratios; everything on it is above 0.
     """
 
     label: str
@@ -65,6 +68,7 @@ class Axis:
     low: Number | None = None
     high: Number | None = None
     whole: bool = False
+    log: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,10 +162,11 @@ class _Scale:
     high: Number
     start: Number
     stop: Number
+    log: bool = False
 
     def __call__(self, value: Number) -> Number:
-        span = (self.high - self.low) or 1.0
-        return self.start + (value - self.low) / span * (self.stop - self.start)
+        low, high, place = (math.log(x) if self.log else x for x in (self.low, self.high, value))
+        return self.start + (place - low) / ((high - low) or 1.0) * (self.stop - self.start)
 
 
 def ticks(low: Number, high: Number, *, count: int = 5, whole: bool = False) -> list[Number]:
@@ -183,6 +188,24 @@ def ticks(low: Number, high: Number, *, count: int = 5, whole: bool = False) -> 
     return [round(index * step, 10) for index in range(first, last + 1)]
 
 
+def ratio_ticks(low: Number, high: Number, *, most: int = 8) -> list[Number]:
+    """Round numbers at about equal ratios, from at or below `low` to at or above `high`.
+
+    Args:
+        low: least value, above 0.
+        high: greatest value, above `low`.
+        most: how many there may be.
+    """
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    for factors in ((1, 2, 5), (1, 3), (1,)):
+        grid = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]
+        inside = grid[bisect_right(grid, low) - 1 : bisect_left(grid, high) + 1]
+        if len(inside) <= most:
+            return [float(f"{tick:.6g}") for tick in inside]
+    step = math.ceil((last - first) / (most - 1))
+    return [10.0**power for power in range(first, last + step, step)]
+
+
 def lines(
     series: Sequence[Series], *, title: str, x: Axis, y: Axis, levels: Sequence[Level] = (), step: bool = False
 ) -> str:
@@ -200,7 +223,7 @@ def lines(
     points = [point for one in series for point in one.points]
     across = _across(points, x, right=right)
     grid = _heights([point.y for point in points] + [level.y for level in levels], y)
-    up = _upwards(grid)
+    up = _upwards(grid, y)
     return _svg(
         title,
         _grid(grid, up, y, right=right),
@@ -255,7 +278,7 @@ def columns(stacks: Sequence[Column], *, title: str, x: Axis, y: Axis) -> str:
     """
     totals = [sum(stack.parts) for stack in stacks]
     grid = _heights([0, max(totals) * 1.06], y)
-    up = _upwards(grid)
+    up = _upwards(grid, y)
     pitch = (WIDTH - LEFT - 14) / len(stacks)
     every = math.ceil(len(stacks) / 16)
     drawn = [_column(stack, LEFT + pitch * place, pitch, up) for place, stack in enumerate(stacks)]
@@ -328,11 +351,11 @@ def _across(points: Sequence[Point], x: Axis, *, right: Number) -> _Scale:
 def _heights(values: Sequence[Number], y: Axis) -> list[Number]:
     low = y.low if y.low is not None else min(values, default=0.0)
     high = y.high if y.high is not None else max(values, default=1.0)
-    return ticks(low, high, whole=y.whole)
+    return ratio_ticks(low, high) if y.log else ticks(low, high, whole=y.whole)
 
 
-def _upwards(grid: Sequence[Number]) -> _Scale:
-    return _Scale(grid[0], grid[-1], HEIGHT - BOTTOM, TOP)
+def _upwards(grid: Sequence[Number], y: Axis) -> _Scale:
+    return _Scale(grid[0], grid[-1], HEIGHT - BOTTOM, TOP, y.log)
 
 
 def _grid(grid: Sequence[Number], up: _Scale, y: Axis, *, right: Number) -> Element:

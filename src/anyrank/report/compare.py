@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from anyrank.report.charts import Number
-from anyrank.report.runs import Run
+from anyrank.report.runs import Metric, Run
+from anyrank.report.text import score
 
-__all__ = ["Tones", "by_fleet", "flatten", "named", "references", "tones"]
+__all__ = ["Tones", "by_fleet", "by_metric", "flatten", "named", "owners", "references", "tones"]
 
 Tones = Mapping[str, int | None]
 
@@ -22,17 +23,34 @@ def tones(runs: Sequence[Run]) -> dict[str, int | None]:
     return {run.name: courses.index(run.name) if run.name in courses else None for run in runs}
 
 
+def by_metric(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs whose scores can be compared, in the order of their first."""
+    groups: dict[Metric, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.metric, []).append(run)
+    return list(groups.values())
+
+
 def references(runs: Sequence[Run]) -> list[tuple[str, Number, str]]:
-    """Name, accuracy and, where runs differ in it, the runs of each thing that needs no training."""
+    """Name, score and, where runs of one metric differ in it, the runs of each thing that needs no training.
+
+    Scores that read the same are one: on another machine the last digits can be others.
+    """
     found = []
-    for key, name in (("overlap", "word overlap"), ("majority", "majority label")):
-        values: dict[Number, list[str]] = {}
+    for name in dict.fromkeys(name for run in runs for name in run.references):
+        values: dict[str, tuple[Number, list[Run]]] = {}
         for run in runs:
-            value = (run.info.get("references") or {}).get(key)
-            if value is not None:
-                values.setdefault(value, []).append(run.name)
-        found += [(name, value, ", ".join(of) if len(values) > 1 else "") for value, of in values.items()]
+            if name in run.references:
+                value = run.references[name]
+                values.setdefault(score(run.metric.name, value), (value, []))[1].append(run)
+        found += [(name, value, owners(of) if len(values) > 1 else "") for value, of in values.values()]
     return found
+
+
+def owners(runs: Sequence[Run]) -> str:
+    """The names of runs to which something applies; one that is compared with another goes without saying."""
+    names = {run.name for run in runs}
+    return ", ".join(run.name for run in runs if run.parent not in names)
 
 
 def flatten(table: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,62 +6,108 @@ from statistics import fmean
 
 from anyrank.report import charts
 from anyrank.report.charts import Axis, Bar, Column, Level, Number, Point, Series
-from anyrank.report.compare import Tones, by_fleet, named, references
+from anyrank.report.compare import Tones, by_fleet, by_metric, named, owners, references
 from anyrank.report.markup import boxes, figure, legend, section
-from anyrank.report.runs import Round, Run
-from anyrank.report.text import SPACE, amount, byte_unit, clock, counted, dashed, percent, shortened, time_unit
+from anyrank.report.runs import Metric, Round, Run
+from anyrank.report.text import (
+    SHARES,
+    SPACE,
+    amount,
+    byte_unit,
+    capitalised,
+    clock,
+    counted,
+    dashed,
+    percent,
+    score,
+    score_tick,
+    shortened,
+    time_unit,
+)
 
-__all__ = ["accuracy", "ranks", "traffic"]
+__all__ = ["ranks", "scores", "traffic"]
+
+WIDE = 10  # from this ratio on, errors are shown on a logarithmic axis
 
 
-def accuracy(runs: Sequence[Run], tones: Tones) -> str:
-    """How well the global model does, over rounds and over simulated time."""
+def scores(runs: Sequence[Run], tones: Tones) -> str:
+    """How well the global model does, over rounds and over simulated time; a section for each metric."""
+    groups = by_metric(runs)
+    return "\n".join(_scores(same, tones, many=len(groups) > 1) for same in groups)
+
+
+def _scores(runs: Sequence[Run], tones: Tones, *, many: bool) -> str:
     courses = [run for run in runs if tones[run.name] is not None and len(run.evaluated) > 1]
     if not courses:
         return ""
-    levels = _accuracy_levels(runs, courses)
+    metric = runs[0].metric
+    log = _is_wide(courses)
+    levels = _levels(runs, courses, log=log)
+    log = log and all(level.y > 0 for level in levels)
     divisor, unit = time_unit(max(run.simulated_seconds for run in courses))
-    y = Axis("", write=charts.percent_tick)
+    y = Axis("", write=score_tick(metric.name), log=log)
 
-    def chart(title: str, x: Axis, place: Callable[[Round], Number]) -> str:
+    def chart(over: str, x: Axis, place: Callable[[Round], Number]) -> str:
         series = [
             Series(
-                points=[Point(place(r), r.accuracy or 0.0, _accuracy_tip(run, r)) for r in run.evaluated],
+                points=[Point(place(r), r.score or 0.0, _score_tip(run, r)) for r in run.evaluated],
                 tone=tones[run.name] or 0,
-                end=percent(run.final),
+                end=score(metric.name, run.final),
             )
             for run in courses
         ]
-        return charts.lines(series, title=title, x=x, y=y, levels=levels)
+        return charts.lines(series, title=f"{capitalised(metric.name)} over {over}", x=x, y=y, levels=levels)
 
-    rounds = chart("Accuracy over rounds", Axis("round", low=0, whole=True), lambda r: r.number)
-    time = chart("Accuracy over simulated time", Axis(unit, low=0), lambda r: r.simulated_seconds / divisor)
+    rounds = chart("rounds", Axis("round", low=0, whole=True), lambda r: r.number)
+    time = chart("simulated time", Axis(unit, low=0), lambda r: r.simulated_seconds / divisor)
+    note = "The global model on the server’s test set, or the clients’ own on average."
     return section(
-        "Accuracy",
-        figure(
-            "Over rounds",
-            "Share of the server’s test examples that the global model gets right, or the clients’ own on average.",
-            rounds,
-        ),
+        capitalised(metric.name),
+        figure("Over rounds", _hinted(note, metric, log=log), rounds),
         figure("Over simulated time", "The same, over what the virtual clock showed.", time),
+        intro=f"Scores by different metrics share no axis. By {metric.name}: {owners(runs)}." if many else "",
         legend=legend(courses, tones),
     )
 
 
-def _accuracy_tip(run: Run, round: Round) -> str:
+def _hinted(note: str, metric: Metric, *, log: bool = False) -> str:
+    """A figure's note, with what its reader has to know of the axis."""
+    hints = ", ".join(hint for hint in (metric.advice, "logarithmic axis" * log) if hint)
+    return f"{note} {capitalised(hints)}." if hints else note
+
+
+def _score_tip(run: Run, round: Round) -> str:
     loss = "" if round.loss is None else f", loss {round.loss:.3f}"
-    return f"{run.name}, round {round.number}\n{percent(round.accuracy)}{loss}\nafter {clock(round.simulated_seconds)}"
+    value = score(run.metric.name, round.score)
+    value = value if run.metric.name in SHARES else f"{run.metric.name} {value}"
+    return f"{run.name}, round {round.number}\n{value}{loss}\nafter {clock(round.simulated_seconds)}"
 
 
-def _accuracy_levels(runs: Sequence[Run], courses: Sequence[Run]) -> list[Level]:
+def _reached(courses: Sequence[Run]) -> list[Number]:
+    return [round.score or 0.0 for run in courses for round in run.evaluated]
+
+
+def _is_wide(courses: Sequence[Run]) -> bool:
+    """Whether what comes after the first rounds would be flat on an axis of equal distances, as with perplexity."""
+    reached = _reached(courses)
+    return not courses[0].metric.higher_is_better and 0 < min(reached) * WIDE <= max(reached)
+
+
+def _levels(runs: Sequence[Run], courses: Sequence[Run], *, log: bool) -> list[Level]:
     """Runs of a single point, the target, and references unless they would squeeze the curves."""
+    metric, reached = runs[0].metric, _reached(courses)
     flat = [(run.name, run.final) for run in runs if run not in courses and run.final is not None]
-    levels = [Level(f"{name} {percent(value)}", value, strong=True) for name, value in flat]
-    levels += [Level(f"target {percent(value)}", value) for value in sorted({r.target for r in courses if r.target})]
-    reached = [round.accuracy or 0.0 for run in courses for round in run.evaluated]
-    lowest = min(reached) - (max(reached) - min(reached))
-    near = [(name, value) for name, value, of in references(runs) if value >= lowest and not of]
-    return levels + [Level(f"{name} {percent(value)}", value) for name, value in near]
+    targets = sorted({run.target for run in courses if run.target is not None})
+    best, worst = (max, min) if metric.higher_is_better else (min, max)
+    limit = worst(reached) ** 2 / best(reached) if log else 2 * worst(reached) - best(reached)
+    near = [(name, value) for name, value, of in references(runs) if worst(value, limit) == limit and not of]
+    return [
+        *(Level(f"{name} {score(metric.name, value)}", value, strong=True) for name, value in flat),
+        *(
+            Level(f"{name} {score(metric.name, value)}", value)
+            for name, value in [("target", t) for t in targets] + near
+        ),
+    ]
 
 
 def traffic(runs: Sequence[Run], tones: Tones) -> str:
@@ -102,33 +148,36 @@ def _cumulative(run: Run, key: str, *, divisor: Number, unit: str) -> list[Point
 
 def ranks(runs: Sequence[Run], tones: Tones) -> str:
     """Who is at which rank, how well each rank does, and how much the upper ranks hold."""
-    figures = [_class_bars(runs, tones)]
+    figures = [_class_bars(same, tones) for same in by_metric(runs)]
     fleets = by_fleet(runs)
     figures += [_histogram(same, many=len(fleets) > 1) for same in fleets]
     figures += [_shrinking(run, runs) for run in runs if run.prunes]
     figures += [_energy(run, runs) for run in runs if len(run.bands) > 1]
-    scored = [run for run in runs if run.newest("class_accuracy")]
+    scored = [run for run in runs if run.newest("class_scores")]
     return section("Ranks", *figures, legend=legend(scored, tones))
 
 
 def _class_bars(runs: Sequence[Run], tones: Tones) -> str:
-    scores = [(run, scores) for run in runs if (scores := run.newest("class_accuracy"))]
-    if not scores:
+    found = [(run, by_rank) for run in runs if (by_rank := run.newest("class_scores"))]
+    if not found:
         return ""
+    metric = runs[0].metric
+    full = 1.0 if metric.name in SHARES else max(max(by_rank.values()) for _, by_rank in found)
     rows = [
         Bar(
             group=f"rank {rank}",
-            value=by_rank[rank],
-            text=percent(by_rank[rank]),
+            value=max(0.0, by_rank[rank] / full) if full > 0 else 0.0,
+            text=score(metric.name, by_rank[rank]),
             tone=tones[run.name],
-            tip=f"{run.name}, what a client of rank {rank} is sent\n{percent(by_rank[rank])}",
+            tip=f"{run.name}, what a client of rank {rank} is sent\n{score(metric.name, by_rank[rank])}",
         )
-        for rank in sorted({rank for _, by_rank in scores for rank in by_rank})
-        for run, by_rank in scores
+        for rank in sorted({rank for _, by_rank in found for rank in by_rank})
+        for run, by_rank in found
         if rank in by_rank
     ]
-    note = "Test accuracy of the adapter that a client of each rank is sent, when last measured."
-    return figure("Accuracy by rank", note, charts.bars(rows, title="Accuracy by rank"))
+    name = f"{capitalised(metric.name)} by rank"
+    note = f"Test {metric.name} of the adapter that a client of each rank is sent, when last measured."
+    return figure(name, _hinted(note, metric), charts.bars(rows, title=name))
 
 
 def _histogram(runs: Sequence[Run], *, many: bool) -> str:

@@ -18,6 +18,7 @@ __all__ = [
     "figure",
     "grouped",
     "legend",
+    "listed",
     "pairs",
     "run_label",
     "section",
@@ -61,6 +62,12 @@ def pairs(values: Mapping[str, str]) -> str:
     """Names and what they stand for."""
     pairs = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in values.items())
     return f"<dl class='facts'>{pairs}</dl>"
+
+
+def listed(sentences: Sequence[str]) -> str:
+    """Sentences one below the other; nothing if there are none."""
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    return f"<ul class='sentences'>{items}</ul>" if items else ""
 
 
 def boxes(names: Sequence[str], strengths: Sequence[Number]) -> str:

@@ -6,11 +6,11 @@ from pathlib import Path
 from string import Template
 
 from anyrank.report.compare import named, references, tones
-from anyrank.report.figures import accuracy, ranks, traffic
+from anyrank.report.figures import ranks, scores, traffic
 from anyrank.report.markup import pairs
 from anyrank.report.runs import Run, read
-from anyrank.report.tables import behind, differences, missing, progress, summary
-from anyrank.report.text import NONE, SPACE, clock, counted, megabytes, percent
+from anyrank.report.tables import behind, differences, metrics, missing, progress, remarks, summary
+from anyrank.report.text import NONE, SPACE, capitalised, clock, counted, megabytes, score
 
 __all__ = ["render"]
 
@@ -33,10 +33,12 @@ def render(folders: Sequence[Path]) -> str:
         _header(runs),
         summary(runs, drawn),
         differences(named(runs)),
-        accuracy(runs, drawn),
+        metrics(runs),
+        scores(runs, drawn),
         traffic(runs, drawn),
         ranks(runs, drawn),
         missing(runs),
+        remarks(runs),
         behind(runs),
     ]
     frame = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
@@ -85,7 +87,7 @@ def _key_figures(run: Run, runs: Sequence[Run]) -> str:
         return ""
     up, down = run.total("bytes_up"), run.total("bytes_down")
     figures = [
-        ("Accuracy", percent(run.final), _beside(run, runs)),
+        (capitalised(run.metric.name), score(run.metric.name, run.final), _beside(run, runs)),
         ("On the clients’ own data", *_own_data(run)),
         ("Sent", f"{megabytes(up + down)}{SPACE}MB", f"{megabytes(up)} up, {megabytes(down)} down"),
         ("Simulated time", clock(run.simulated_seconds), f"computed in {clock(run.total('real_seconds'))}"),
@@ -101,12 +103,12 @@ def _key_figures(run: Run, runs: Sequence[Run]) -> str:
 def _beside(run: Run, runs: Sequence[Run]) -> str:
     others = [(other.name, other.final) for other in runs if other is not run and other.evaluated]
     untrained = [(name, value) for name, value, _ in references([run])]
-    return ", ".join(f"{name} {percent(value)}" for name, value in others + untrained)
+    return ", ".join(f"{name} {score(run.metric.name, value)}" for name, value in others + untrained)
 
 
 def _own_data(run: Run) -> tuple[str, str]:
-    federated = run.newest("federated")
+    federated, metric = run.newest("federated"), run.metric.name
     if federated is None:
         return NONE, ""
-    spread = f"{percent(federated.low)} to {percent(federated.high)} " if federated.clients != 1 else ""
-    return percent(federated.accuracy), f"{spread}over {counted(federated.clients, 'client')}"
+    extremes = f"{score(metric, federated.low)} to {score(metric, federated.high)} " if federated.clients != 1 else ""
+    return score(metric, federated.score), f"{extremes}over {counted(federated.clients, 'client')}"

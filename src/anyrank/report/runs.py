@@ -11,24 +11,43 @@ from typing import Any
 
 from anyrank.errors import RecordError
 
-__all__ = ["FORMAT", "Federated", "Member", "Rejection", "Round", "Run", "read"]
+__all__ = ["FORMAT", "Federated", "Member", "Metric", "Rejection", "Round", "Run", "read"]
 
-FORMAT = 1
+FORMAT = 2
+ACCURACY_ONLY = 1  # the format before there was a choice of metrics
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a run is scored by.
+
+    Args:
+        name: such as accuracy or perplexity.
+        higher_is_better: or lower is.
+    """
+
+    name: str
+    higher_is_better: bool
+
+    @property
+    def advice(self) -> str:
+        """What has to be said of a metric that is read against the habit."""
+        return "" if self.higher_is_better else "lower is better"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Federated:
-    """Accuracy on the clients' own held-out data.
+    """Scores on the clients' own held-out data.
 
     Args:
-        accuracy: mean over clients, weighted by examples; 0 to 1.
+        score: mean over clients, weighted by examples.
         std: standard deviation over clients.
-        low: the worst client's.
-        high: the best client's.
+        low: the least.
+        high: the greatest.
         clients: how many were asked.
     """
 
-    accuracy: float
+    score: float
     std: float
     low: float
     high: float
@@ -71,8 +90,9 @@ class Round:
 
     Args:
         number: of the round; 0 is an evaluation before training.
-        accuracy: on the server's test set, 0 to 1.
-        loss: likewise.
+        score: the run's metric on the server's test set.
+        metrics: all metrics of that evaluation, by name.
+        loss: of that evaluation.
         train_loss: mean over the clients.
         bytes_up: of this round.
         bytes_down: of this round.
@@ -81,14 +101,15 @@ class Round:
         planned_ranks: by client asked.
         returned_ranks: by client that replied.
         energy: share of the global product's squared singular values by band (`5-8`).
-        class_accuracy: accuracy of what a client of a rank is sent, by rank.
-        federated: the clients' own accuracy.
+        class_scores: of what a client of a rank is sent, by rank.
+        federated: the clients' own scores.
         rejected: who is missing, and why.
         target_seconds: what the virtual clock showed when the target was reached, if it was.
     """
 
     number: int
-    accuracy: float | None = None
+    score: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
     loss: float | None = None
     train_loss: float | None = None
     bytes_up: int = 0
@@ -98,7 +119,7 @@ class Round:
     planned_ranks: Mapping[str, int] = field(default_factory=dict)
     returned_ranks: Mapping[str, int] = field(default_factory=dict)
     energy: Mapping[str, float] = field(default_factory=dict)
-    class_accuracy: Mapping[int, float] = field(default_factory=dict)
+    class_scores: Mapping[int, float] = field(default_factory=dict)
     federated: Federated | None = None
     rejected: tuple[Rejection, ...] = ()
     target_seconds: float | None = None
@@ -113,6 +134,9 @@ class Run:
         parent: name of the run that it is compared with by recipe; None if it was named itself.
         info: `run.json`.
         method: its name.
+        metric: of its scores.
+        references: what scores need no training, by name.
+        remarks: what is worth knowing about it.
         fleet: by client.
         rounds: those that are over.
         planned: how many rounds the run is to have.
@@ -122,6 +146,9 @@ class Run:
     parent: str | None
     info: Mapping[str, Any]
     method: str
+    metric: Metric
+    references: Mapping[str, float]
+    remarks: tuple[str, ...]
     fleet: Mapping[str, Member]
     rounds: tuple[Round, ...]
     planned: int
@@ -143,18 +170,19 @@ class Run:
 
     @property
     def evaluated(self) -> tuple[Round, ...]:
-        """The rounds that have an accuracy."""
-        return tuple(round for round in self.rounds if round.accuracy is not None)
+        """The rounds that have a score."""
+        return tuple(round for round in self.rounds if round.score is not None)
 
     @property
     def final(self) -> float | None:
-        """The newest accuracy."""
-        return self.newest("accuracy")
+        """The newest score."""
+        return self.newest("score")
 
     @property
     def best(self) -> Round | None:
-        """The round of the highest accuracy, the first one at a tie."""
-        return max(self.evaluated, key=lambda round: round.accuracy or 0.0, default=None)
+        """The round of the best score, the first one at a tie."""
+        best = max if self.metric.higher_is_better else min
+        return best(self.evaluated, key=lambda round: round.score or 0.0, default=None)
 
     @property
     def simulated_seconds(self) -> float:
@@ -163,7 +191,7 @@ class Run:
 
     @property
     def target(self) -> float | None:
-        """The accuracy that the run was to reach, if it had one."""
+        """The score that the run was to reach, if it had one."""
         return _finite(self.recipe.get("evaluate", {}).get("target"))
 
     @property
@@ -287,8 +315,11 @@ def _run(path: Path, name: str, *, parent: str | None) -> Run:
             parent=parent,
             info=info,
             method=str(info.get("method") or recipe["method"]["name"]),
+            metric=Metric(str(info["metric"]["name"]), bool(info["metric"]["higher_is_better"])),
+            references=_numbers(info.get("references")),
+            remarks=tuple(map(str, info.get("remarks") or [])),
             fleet={client: _member(entry) for client, entry in info.get("fleet", {}).items()},
-            rounds=tuple(_rounds(path / "rounds.jsonl")),
+            rounds=tuple(_rounds(path / "rounds.jsonl", info["format"])),
             planned=int(info.get("rounds") or recipe["rounds"]),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -304,12 +335,30 @@ def _info(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RecordError(f"{file} cannot be read: {error}.") from error
     found = info.get("format") if isinstance(info, dict) else None
-    if found != FORMAT:
+    if found not in (ACCURACY_ONLY, FORMAT):
         raise RecordError(
-            f"{file} has format {found!r}; this anyrank reads format {FORMAT}. "
+            f"{file} has format {found!r}; this anyrank reads formats {ACCURACY_ONLY} and {FORMAT}. "
             "Make the report with the version that wrote the run."
         )
-    return info
+    return _translated_info(info) if found == ACCURACY_ONLY else info
+
+
+def _translated_info(info: Mapping[str, Any]) -> dict[str, Any]:
+    """A `run.json` of a run that could be scored by accuracy alone."""
+    references = info.get("references") or {}
+    named = {"majority class": references.get("majority"), "word overlap": references.get("overlap")}
+    return {**info, "metric": {"name": "accuracy", "higher_is_better": True}, "references": named}
+
+
+def _translated_round(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A round of such a run."""
+    own = entry.get("federated")
+    return {
+        **entry,
+        "score": entry.get("accuracy"),
+        "class_scores": entry.get("class_accuracy"),
+        "federated": own and {**own, "score": own["accuracy"]},
+    }
 
 
 def _hint(path: Path) -> str:
@@ -318,11 +367,12 @@ def _hint(path: Path) -> str:
     return f" Did you mean a folder in it: {', '.join(inside)}?" if inside else ""
 
 
-def _rounds(file: Path) -> Iterator[Round]:
+def _rounds(file: Path, format: int) -> Iterator[Round]:
     lines = _lines(file)
     for number, line in enumerate(lines, start=1):
         try:
-            yield _round(json.loads(line))
+            entry = json.loads(line)
+            yield _round(_translated_round(entry) if format == ACCURACY_ONLY else entry)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             if number == len(lines) and not line.endswith("\n"):
                 return  # a kill cut it short; its round is played again when the run is resumed
@@ -343,7 +393,8 @@ def _lines(file: Path) -> list[str]:
 def _round(entry: Mapping[str, Any]) -> Round:
     return Round(
         number=int(entry["round"]),
-        accuracy=_finite(entry.get("accuracy")),
+        score=_finite(entry.get("score")),
+        metrics=_numbers(entry.get("metrics")),
         loss=_finite(entry.get("loss")),
         train_loss=_finite(entry.get("train_loss")),
         bytes_up=int(entry["bytes_up"]),
@@ -352,8 +403,8 @@ def _round(entry: Mapping[str, Any]) -> Round:
         real_seconds=float(entry.get("real_seconds", 0.0)),
         planned_ranks={client: int(rank) for client, rank in entry.get("planned_ranks", {}).items()},
         returned_ranks={client: int(rank) for client, rank in entry.get("returned_ranks", {}).items()},
-        energy={band: float(share) for band, share in (entry.get("energy") or {}).items() if share is not None},
-        class_accuracy={int(rank): float(a) for rank, a in (entry.get("class_accuracy") or {}).items()},
+        energy=_numbers(entry.get("energy")),
+        class_scores={int(rank): score for rank, score in _numbers(entry.get("class_scores")).items()},
         federated=_federated(entry.get("federated")),
         rejected=tuple(_rejection(item) for item in entry.get("rejected", [])),
         target_seconds=_finite(entry.get("target_seconds")),
@@ -361,14 +412,14 @@ def _round(entry: Mapping[str, Any]) -> Round:
 
 
 def _federated(entry: Mapping[str, Any] | None) -> Federated | None:
-    if entry is None:
+    if entry is None or entry["score"] is None:  # one client's score that is not finite makes the mean so
         return None
-    accuracy = float(entry["accuracy"])
+    score = float(entry["score"])
     return Federated(
-        accuracy=accuracy,
+        score=score,
         std=float(entry.get("std", 0.0)),
-        low=float(entry.get("min", accuracy)),
-        high=float(entry.get("max", accuracy)),
+        low=float(entry.get("min", score)),
+        high=float(entry.get("max", score)),
         clients=int(entry.get("clients", 0)),
     )
 
@@ -379,6 +430,10 @@ def _member(entry: Mapping[str, Any]) -> Member:
 
 def _rejection(entry: Mapping[str, Any]) -> Rejection:
     return Rejection(client=str(entry["client"]), stage=str(entry["stage"]), reason=str(entry["reason"]))
+
+
+def _numbers(entry: Mapping[str, Any] | None) -> dict[str, float]:
+    return {key: number for key, value in (entry or {}).items() if (number := _finite(value)) is not None}
 
 
 def _finite(value: int | float | None) -> float | None:

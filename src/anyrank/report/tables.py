@@ -6,44 +6,79 @@ from html import escape
 from statistics import fmean
 from typing import Any
 
-from anyrank.report.compare import Tones, flatten, references
-from anyrank.report.markup import Cell, Markup, details, grouped, pairs, run_label, section, table
-from anyrank.report.runs import Round, Run
-from anyrank.report.text import NONE, SPACE, clock, counted, dashed, decimals, literal, megabytes, percent, plain, toml
+from anyrank.report.compare import Tones, by_metric, flatten, owners, references
+from anyrank.report.markup import Cell, Markup, details, grouped, listed, pairs, run_label, section, table
+from anyrank.report.runs import Metric, Round, Run
+from anyrank.report.text import (
+    NONE,
+    SPACE,
+    capitalised,
+    clock,
+    counted,
+    dashed,
+    decimals,
+    literal,
+    megabytes,
+    percent,
+    plain,
+    score,
+    spread,
+    toml,
+)
 
-__all__ = ["behind", "differences", "missing", "progress", "summary"]
+__all__ = ["behind", "differences", "metrics", "missing", "progress", "remarks", "summary"]
 
 FEW = 8  # rows that are shown without being asked for
 
 
 def summary(runs: Sequence[Run], tones: Tones) -> str:
     """One row for each run, and for what needs no training."""
-    aimed = any(run.target for run in runs)
-    columns = [column for column in _columns(tones) if aimed or column[0] != "target"]
+    groups = by_metric(runs)
+    used = {"metric": len(groups) > 1, "target": any(run.target is not None for run in runs)}
+    heading = "Score" if used["metric"] else _heading(runs[0].metric)
+    columns = [column for column in _columns(heading, tones) if used.get(column[0], True)]
     rows = [[column[2](run) for column in columns] for run in runs]
-    for name, value, of in references(runs):
-        label = f"{name} ({of})" if of else name
-        rows.append([{"run": label, "final": percent(value)}.get(key) for key, *_ in columns])
+    for same in groups:
+        metric = same[0].metric.name
+        for name, value, of in references(same):
+            cells = {"run": f"{name} ({of})" if of else name, "metric": metric, "final": score(metric, value)}
+            rows.append([cells.get(key) for key, *_ in columns])
     titles = [title for _, title, _ in columns]
     labels = [label for _, label in titles]
     return section("Summary", table(labels, rows, groups=grouped(titles), name="Summary of the runs"))
 
 
-def _columns(tones: Tones) -> list[tuple[str, tuple[str, str], Callable[[Run], Cell]]]:
+def _columns(heading: str, tones: Tones) -> list[tuple[str, tuple[str, str], Callable[[Run], Cell]]]:
     """Key, (group, label) and content of the summary's columns."""
     return [
         ("run", ("", "Run"), lambda run: _run_cell(run, tones)),
         ("method", ("", "Method"), _method),
+        ("metric", ("", "Metric"), _metric),
         ("rounds", ("", "Rounds"), lambda run: run.played),
-        ("final", ("Accuracy", "final"), lambda run: percent(run.final)),
-        ("best", ("Accuracy", "best"), _best),
-        ("federated", ("Accuracy", "on clients’ data"), _spread),
+        ("final", (heading, "final"), lambda run: score(run.metric.name, run.final)),
+        ("best", (heading, "best"), _best),
+        ("federated", (heading, "on clients’ data"), _own_data),
         ("up", ("Sent, MB", "up"), lambda run: megabytes(run.total("bytes_up"))),
         ("down", ("Sent, MB", "down"), lambda run: megabytes(run.total("bytes_down"))),
         ("simulated", ("Time, h:mm:ss", "simulated"), lambda run: clock(run.simulated_seconds)),
         ("target", ("Time, h:mm:ss", "to target"), _to_target),
         ("real", ("Time, h:mm:ss", "real"), lambda run: clock(run.total("real_seconds"))),
     ]
+
+
+def _heading(metric: Metric) -> str:
+    return ", ".join(part for part in (capitalised(metric.name), metric.advice) if part)
+
+
+def metrics(runs: Sequence[Run]) -> str:
+    """All metrics of each run's last evaluation, where there are more than the one that it is scored by."""
+    found = [(run, values) for run in runs if (values := run.newest("metrics"))]
+    names = list(dict.fromkeys(name for _, values in found for name in values))
+    if all(values.keys() <= {run.metric.name} for run, values in found):
+        return ""
+    heading = "All metrics of the last evaluation"
+    rows = [[run.name, *(score(name, values.get(name)) for name in names)] for run, values in found]
+    return section(heading, table(["Run", *map(capitalised, names)], rows, name=heading))
 
 
 def progress(run: Run) -> str:
@@ -64,26 +99,31 @@ def _method(run: Run) -> Markup:
     return Markup(escape(run.method) + baseline)
 
 
+def _metric(run: Run) -> Markup:
+    return Markup(escape(run.metric.name) + f" <small>{run.metric.advice}</small>" * bool(run.metric.advice))
+
+
 def _best(run: Run) -> Cell:
     if run.best is None:
         return NONE
-    return Markup(f"{percent(run.best.accuracy)} <small>round {run.best.number}</small>")
+    return Markup(f"{score(run.metric.name, run.best.score)} <small>round {run.best.number}</small>")
 
 
-def _spread(run: Run) -> Cell:
-    federated = run.newest("federated")
+def _own_data(run: Run) -> Cell:
+    federated, metric = run.newest("federated"), run.metric.name
     if federated is None:
         return NONE
-    spread = f"{SPACE}±{SPACE}{federated.std * 100:.1f}" if federated.clients != 1 else ""
-    return percent(federated.accuracy) + spread
+    around = SPACE + spread(metric, federated.score, federated.std) if federated.clients != 1 else ""
+    return score(metric, federated.score) + around
 
 
 def _to_target(run: Run) -> Cell:
     if run.target is None:
         return None
+    target = score(run.metric.name, run.target)
     if run.target_seconds is None:
-        return Markup(f"{NONE} <small>{percent(run.target)} not reached</small>")
-    return Markup(f"{clock(run.target_seconds)} <small>{percent(run.target)}</small>")
+        return Markup(f"{NONE} <small>{target} not reached</small>")
+    return Markup(f"{clock(run.target_seconds)} <small>{target}</small>")
 
 
 def differences(runs: Sequence[Run]) -> str:
@@ -97,8 +137,9 @@ def differences(runs: Sequence[Run]) -> str:
     ]
     if not rows:
         return ""
-    title = "Settings in which the runs differ"
-    return details(title, table(["Setting", *(run.name for run in runs)], rows, name=title), shown=len(rows) <= FEW)
+    heading = "Settings in which the runs differ"
+    listing = table(["Setting", *(run.name for run in runs)], rows, name=heading)
+    return details(heading, listing, shown=len(rows) <= FEW)
 
 
 def missing(runs: Sequence[Run]) -> str:
@@ -122,6 +163,16 @@ def missing(runs: Sequence[Run]) -> str:
     return section("Missing replies", listing, intro=intro)
 
 
+def remarks(runs: Sequence[Run]) -> str:
+    """What is worth knowing of how the runs were set up."""
+    said: dict[str, list[Run]] = {}
+    for run in runs:
+        for remark in run.remarks:
+            said.setdefault(remark, []).append(run)
+    sentences = [remark if len(of) == len(runs) else f"{owners(of)}: {remark}" for remark, of in said.items()]
+    return section("Remarks", listed(sentences))
+
+
 def behind(runs: Sequence[Run]) -> str:
     """Every round of every run in numbers, and where the runs come from."""
     parts = [
@@ -134,9 +185,11 @@ def behind(runs: Sequence[Run]) -> str:
 
 
 def _rounds(run: Run) -> str:
+    further = list(dict.fromkeys(name for round in run.rounds for name in round.metrics if name != run.metric.name))
     columns = [
         ("", "Round"),
-        *[("Accuracy", of) for of in ("test", "clients’ data")],
+        *[(capitalised(run.metric.name), of) for of in ("test", "clients’ data")],
+        *[("Further metrics", capitalised(name)) for name in further],
         *[("Loss", of) for of in ("test", "training")],
         *[("Sent, MB", way) for way in ("up", "down")],
         *[("Time, h:mm:ss", kind) for kind in ("simulated so far", "real")],
@@ -144,15 +197,30 @@ def _rounds(run: Run) -> str:
         *[("Mean rank", what) for what in ("planned", "returned")],
         *[("Energy in ranks", dashed(band)) for band in run.bands],
     ]
-    rows = [[*_measures(round), *(percent(round.energy.get(band)) for band in run.bands)] for round in run.rounds]
+    rows = [
+        [
+            *_scores(round, [run.metric.name, *further]),
+            *_measures(round),
+            *(percent(round.energy.get(band)) for band in run.bands),
+        ]
+        for round in run.rounds
+    ]
     return table([label for _, label in columns], rows, groups=grouped(columns), name=f"Every round of {run.name}")
+
+
+def _scores(round: Round, names: Sequence[str]) -> list[Cell]:
+    metric, *further = names
+    own = round.federated.score if round.federated else None
+    return [
+        round.number,
+        score(metric, round.score),
+        score(metric, own),
+        *(score(name, round.metrics.get(name)) for name in further),
+    ]
 
 
 def _measures(round: Round) -> list[Cell]:
     return [
-        round.number,
-        percent(round.accuracy),
-        percent(round.federated.accuracy if round.federated else None),
         decimals(round.loss, 3),
         decimals(round.train_loss, 3),
         megabytes(round.bytes_up),

@@ -2,16 +2,17 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from anyrank.report.charts import Number
+from anyrank.report.charts import Number, percent_tick
 
 __all__ = [
     "NONE",
     "SPACE",
     "amount",
     "byte_unit",
+    "capitalised",
     "clock",
     "counted",
     "dashed",
@@ -20,18 +21,53 @@ __all__ = [
     "megabytes",
     "percent",
     "plain",
+    "score",
+    "score_tick",
     "shortened",
+    "spread",
     "time_unit",
     "toml",
 ]
 
 NONE = "–"
 SPACE = "\N{NO-BREAK SPACE}"
+SHARES = frozenset({
+    "accuracy", "balanced_accuracy", "exact_match", "f1", "f1_macro", "f1_micro", "macro_f1", "micro_f1", "precision",
+    "recall", "rouge1", "rouge2", "rougeL", "rougeLsum", "token_accuracy",
+})  # fmt: skip
+"""Metrics that lie between 0 and 1 by definition, and are written in percent."""
 
 
 def percent(share: Number | None) -> str:
     """A share (0 to 1) in percent."""
     return NONE if share is None else f"{share * 100:.1f}{SPACE}%"
+
+
+def score(metric: str, value: Number | None) -> str:
+    """A value of a metric: a share in percent, anything else with three or four digits that count."""
+    if value is None or metric in SHARES:
+        return percent(value)
+    return f"{value:.3g}" if abs(value) >= 1e6 else f"{value:,.{_digits(value)}f}"
+
+
+def spread(metric: str, mean: Number, std: Number) -> str:
+    """A standard deviation in the unit and with the digits of its mean."""
+    return f"±{SPACE}{std * 100:.1f}" if metric in SHARES else f"±{SPACE}{std:,.{_digits(mean)}f}"
+
+
+def _digits(value: Number) -> int:
+    """How many digits behind the point a value needs: fewer, the larger it is."""
+    return max(0, 4 - len(str(int(abs(value)))))
+
+
+def score_tick(metric: str) -> Callable[[Number], str]:
+    """How an axis shows a metric."""
+    return percent_tick if metric in SHARES else "{:,g}".format
+
+
+def capitalised(metric: str) -> str:
+    """A metric's name where a line begins with it."""
+    return (metric[:1].upper() + metric[1:]).replace("_", " ")
 
 
 def decimals(value: Number | None, digits: int) -> str:

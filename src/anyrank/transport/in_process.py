@@ -13,7 +13,8 @@ from anyrank.fused import alike, why_apart
 from anyrank.hf import AdaptedModel
 from anyrank.memory import Memory
 from anyrank.prefix import Prefix
-from anyrank.train import Examples, Training
+from anyrank.problem import Examples
+from anyrank.train import Training
 
 __all__ = ["InProcess"]
 
