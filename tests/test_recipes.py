@@ -212,7 +212,14 @@ def test_two_rounds_of_it_on_data_of_the_same_shape(made, tmp_path, monkeypatch,
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
 
 
-BOUNDS: Mapping[str, float] = {"meld": 0.46, "dolly": 27.0, "shakespeare": 23.0, "fashion_mnist": 0.74}
+BOUNDS: Mapping[str, float] = {
+    "mrpc": 0.74,
+    "sst2": 0.74,
+    "meld": 0.46,
+    "dolly": 27.0,
+    "shakespeare": 23.0,
+    "fashion_mnist": 0.74,
+}
 """What each whole recipe reaches at least, or at most where lower is better; somewhat short of what its header says."""
 
 
