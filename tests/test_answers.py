@@ -3,11 +3,14 @@
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import anyrank
 from anyrank import answers
@@ -15,6 +18,7 @@ from anyrank.cli import main
 from anyrank.errors import ConfigError, RecordError
 from anyrank.record import RunFolder
 from test_families import Stops, recipe, write_data, write_family
+from test_record import files_of_at_most
 
 WAYS = ("run", "run/adapter", "merged")
 
@@ -367,3 +371,124 @@ def test_finished_tells_what_a_folder_is(judge):
     assert answers.finished(judge / "run").folder == judge / "run" / "adapter"
     with pytest.raises(RecordError, match="there is no folder"):
         answers.finished(judge / "nowhere")
+
+
+# --- adapters that are damaged, or not whole ----------------------------------------------------------------------
+
+WEIGHTS, CONFIG, ABOUT = "adapter_model.safetensors", "adapter_config.json", "anyrank.json"
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+    def changed(folder: Path) -> None:
+        found = load_file(folder / WEIGHTS)
+        change(found)
+        save_file(found, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return changed
+
+
+def entries(file: str, **changes: Any) -> Callable[[Path], object]:
+    return lambda folder: (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+
+
+def first(found: dict[str, torch.Tensor], part: str) -> str:
+    return next(name for name in sorted(found) if part in name)
+
+
+DAMAGES = {
+    "cut": lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-50]),
+    "no weights": lambda folder: (folder / WEIGHTS).unlink(),
+    "no configuration": lambda folder: (folder / CONFIG).unlink(),
+    "no object": lambda folder: (folder / CONFIG).write_text("[]"),
+    "a tensor less": tensors(lambda found: found.pop(first(found, "lora_B"))),
+    "a layer less": tensors(lambda found: [found.pop(first(found, factor)) for factor in ("lora_A", "lora_B")]),
+    "renamed": tensors(lambda found: found.update(other=found.pop(first(found, "lora_A")))),
+    "not finite": tensors(lambda found: found[first(found, "lora_A")].fill_(float("nan"))),
+    "another scale": entries(CONFIG, lora_alpha=1e9),
+    "a pattern that is none": entries(CONFIG, alpha_pattern={"(": 3}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_adapter_that_is_not_the_one_that_was_written_is_not_used(writer, command, tmp_path, damage):
+    run = tmp_path / "run"
+    shutil.copytree(writer / "run", run)
+    DAMAGES[damage](run / "adapter")
+    said = (
+        "so the adapter is not whole" if damage.startswith("no ") and "object" not in damage else "is not the file that"
+    )
+    for arguments in (
+        ["evaluate", run, "--data", writer / "data"],
+        ["generate", run / "adapter", PROMPT],
+        ["export", run, "--merge", "-o", tmp_path / "new"],
+        ["export", run, "--rank", "1", "-o", tmp_path / "new"],
+    ):
+        code, _, error = command(*arguments)
+        assert (code, said in " ".join(error.split())) == (1, True), error
+        assert "adapter_" in error
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([], "expected an object"),
+        ({"scale": "x"}, "scale: input should be a valid number"),
+        ({"scale": 0.0}, "scale: input should be greater than 0"),
+        ({"layers": 5}, "layers: input should be a valid list"),
+        ({"layers": ["model.nope"]}, "layers: not those of the adapter beside it"),
+        ({"model": {"dtype": "zzz"}}, "model.dtype: input should be"),
+        ({"problem": {}}, "problem.name: field required"),
+        ({"files": [1]}, "files: input should be"),
+    ],
+)
+def test_what_lies_beside_an_adapter_is_checked(writer, command, tmp_path, changes, said):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(writer / "run" / "adapter", adapter)
+    entries(ABOUT, **changes)(adapter) if isinstance(changes, dict) else (adapter / ABOUT).write_text("[]")
+    for arguments in (
+        ["evaluate", adapter, "--data", writer / "data"],
+        ["generate", adapter, PROMPT],
+        ["export", adapter, "--merge", "-o", tmp_path / "new"],
+    ):
+        code, _, error = command(*arguments)
+        assert (code, said in " ".join(error.split())) == (1, True), error
+        assert "anyrank.json" in error
+
+
+def test_a_base_of_another_width_is_refused(writer, command, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(writer / "model", hidden_size=16, head_dim=8)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "narrow")
+    transformers.AutoTokenizer.from_pretrained(writer / "model").save_pretrained(tmp_path / "narrow")
+    for arguments in (
+        ["evaluate", writer / "run", "--data", writer / "data"],
+        ["generate", writer / "run", PROMPT],
+        ["export", writer / "run", "--merge", "-o", tmp_path / "new"],
+    ):
+        code, _, error = command(*arguments, "--base", tmp_path / "narrow")
+        assert code == 2
+        assert "q_proj is 32 x 32 in the adapter, and in the model there is 16 x 16. Say with --base" in error
+
+
+def test_a_prompt_that_is_no_text_is_refused(writer, command):
+    code, _, error = command("generate", writer / "run", "\udcff")
+    assert code == 2
+    assert r"prompt: expected text in UTF-8; got '\udcff'" in error
+
+
+def test_a_run_without_its_rounds_is_not_exported(writer, command, tmp_path):
+    shutil.copytree(writer / "run", tmp_path / "run")
+    (tmp_path / "run" / "rounds.jsonl").unlink()
+    code, _, error = command("export", tmp_path / "run", "--rank", "1", "-o", tmp_path / "new")
+    assert code == 1
+    assert "rounds.jsonl holds no round; the folder was changed" in " ".join(error.split())
+
+
+@pytest.mark.parametrize("how", [["--merge"], ["--rank", "4"]])
+def test_an_export_that_finds_no_room_leaves_nothing(writer, command, tmp_path, how):
+    out = tmp_path / "new"
+    with files_of_at_most((writer / "run" / "adapter" / WEIGHTS).stat().st_size - 1):
+        code, _, error = command("export", writer / "run", *how, "-o", out)
+    assert (code, f"{out}: File too large" in " ".join(error.split())) == (1, True), error
+    assert not [*tmp_path.iterdir()]
+    assert command("export", writer / "run", *how, "-o", out)[0] == 0

@@ -108,6 +108,11 @@ FORMS = {
         PLAIN,
         "messages",
     ),
+    "a part whose kind is not said": (
+        {"messages": [{**USER, "content": [{"text": "hi"}]}, ASSISTANT]},
+        PLAIN,
+        "messages",
+    ),
     "ShareGPT": ({"conversations": SHAREGPT}, "<s>be brief\nhi\n[yo</s>]", "messages"),
     "two turns": (
         {"messages": TWO_TURNS},
@@ -202,12 +207,49 @@ def test_columns_that_are_not_there(bare, tmp_path, columns, expected):
             "a role .system, user, assistant, tool.*narrator",
         ),
         ({"messages": [{"content": "x"}, ASSISTANT]}, "a role .*content"),
+        ({"messages": [{**USER, "content": [{"text": 5}]}, ASSISTANT]}, "row 2: expected messages with a role .*5"),
+        ({"messages": [{**USER, "content": [{"text": "x", "image": "p"}]}, ASSISTANT]}, "content that is text"),
+        ({"messages": [{"role": None, "content": "x"}, ASSISTANT]}, "row 2: expected messages with a role .*None"),
         ({"messages": "hi"}, "row 2: expected a list of messages, got 'hi'"),
     ],
 )
 def test_messages_that_are_none(bare, tmp_path, row, expected):
     with pytest.raises(ConfigError, match="training data: .*" + expected):
         made(bare, tmp_path, [{"messages": [USER, ASSISTANT]}, row], template="plain")
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        USER,
+        {"role": ["user", "assistant"], "content": ["hi"]},
+        {"role": None, "content": ["hi", "yo"]},
+        {"role": ["user", "assistant"], "content": "hiyo"},
+    ],
+)
+def test_a_mapping_that_is_no_list_of_messages(messages):
+    with pytest.raises(ConfigError, match="row 3: expected a list of messages, or a list for each of their fields"):
+        conversation({"messages": messages}, chat.FORMS["messages"], {}, where="row 3")
+
+
+def test_messages_as_columns_without_a_role():
+    odd = {"messages": {"role": [None, "assistant"], "content": ["hi", "yo"]}}
+    with pytest.raises(ConfigError, match=r"row 3: expected messages with a role .*None, 'content': 'hi'"):
+        conversation(odd, chat.FORMS["messages"], {}, where="row 3")
+
+
+def test_an_image_is_not_left_out_of_a_message(bare, tmp_path):
+    """Parquet gives all parts the same fields."""
+    parts = [{"type": "image", "text": None, "image": "p.png"}, {"type": "text", "text": "what?", "image": None}]
+    rows = [{"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[1:]}]}] * 2
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"row [12]: expected messages with a role .*content that is text.*p\.png"):
+        instruction(given(bare[0], tmp_path / "a.parquet"), template="plain", max_length=64)
+    for row in rows:
+        row["messages"][0]["content"] = parts[1:]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "b.parquet")
+    problem = instruction(given(bare[0], tmp_path / "b.parquet"), template="plain", max_length=64)
+    assert texts(bare[1], problem) == ["<s>what?\n[what?</s>]"]
 
 
 def test_a_list_where_text_is_expected(bare, tmp_path):
@@ -371,6 +413,25 @@ def test_templates_that_do_not_take_a_conversation(tmp_path):
     assert "name another one with --set problem.template=chatml" in text
     odd = write_model(tmp_path / "odd", chat_template=BACKWARDS)
     assert "does not put a response behind its prompt" in refused(odd, tmp_path, [{"messages": [USER, ASSISTANT]}])
+
+
+def test_another_chat_template_or_tokenizer_changes_the_fingerprint(chatml, tmp_path):
+    rows = [{"messages": TWO_TURNS}]
+    others = [
+        write_model(tmp_path / str(number), begins=False, end="<|im_end|>", chat_template=template)
+        for number, template in enumerate([CHATML, CHATML.replace("im_start", "im_begin")])
+    ]
+    prints = [made(model, tmp_path, rows).fingerprint for model in (chatml, *others)]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_chat_template_that_leaves_responses_out_is_said_to_be_at_fault(tmp_path):
+    said = {"messages": [USER, ASSISTANT]}
+    silent = write_model(tmp_path / "silent", chat_template="{{ 'hello' }}")
+    text = refused(silent, tmp_path, [said] * 3)
+    assert "the chat template of the tokenizer writes nothing of the responses of 3 of 3 training examples" in text
+    assert "To do without the template, remove it from the tokenizer" in text
+    assert "have no response" not in text
 
 
 @pytest.mark.parametrize("template", ["alpaca", "chatml", "plain", None])

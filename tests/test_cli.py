@@ -12,6 +12,7 @@ from rich.console import Console
 from anyrank.api import load_recipe, run
 from anyrank.cli import main
 from anyrank.display import LiveObserver
+from test_record import files_of_at_most
 from tiny import recipe_toml, write_model, write_reviews
 
 
@@ -120,6 +121,7 @@ def test_methods_are_listed_and_explained(anyrank):
         (["run", "x.toml", "--resume", "y"], 2, "leave out everything but --set"),
         (["run", "--set", "=3"], 2, "--set =3: expected key=value"),
         (["report", "nowhere", "-o", "x"], 1, "nowhere"),
+        (["run", "--rank", "²"], 2, "--rank ²: expected a whole number from 1 on, or auto."),
         (["methods", "magic"], 2, "there is no method 'magic'"),
         (["report", "nowhere"], 1, "nowhere"),
         (["export", "nowhere", "--rank", "1", "-o", "x"], 1, "nowhere holds no run"),
@@ -206,3 +208,24 @@ def test_an_interrupted_run_says_how_to_go_on(anyrank, recipe, monkeypatch, stop
     assert code == exit
     assert "anyrank run --resume stopped" in error
     assert anyrank("run", "--resume", "stopped")[0] == 0
+
+
+def test_a_report_that_finds_no_room_leaves_the_old_one(anyrank, recipe):
+    anyrank("run", recipe, "--set", "rounds=1", "--out", "run")
+    Path("page.html").write_text("the old one")
+    with files_of_at_most(1000):
+        code, _, error = anyrank("report", "run", "-o", "page.html")
+    assert (code, "page.html: File too large" in error) == (1, True), error
+    assert {path.name for path in Path().iterdir()} == {"page.html", "run"}
+    assert Path("page.html").read_text() == "the old one"
+
+
+def test_a_run_that_finds_no_room_says_where_and_how_to_go_on(anyrank, recipe):
+    half = ["--set", "rounds=1", "--set", "compute.workers=1"]
+    assert anyrank("run", recipe, *half, "--out", "whole")[0] == 0
+    with files_of_at_most(Path("whole/checkpoint/state.safetensors").stat().st_size - 1):
+        code, _, error = anyrank("run", recipe, *half, "--out", "run")
+    assert code == 1
+    assert "Continue with: anyrank run --resume run" in error
+    assert "state.safetensors: File too large" in error
+    assert anyrank("run", "--resume", "run")[0] == 0

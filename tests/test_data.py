@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import random
 import subprocess
@@ -424,6 +425,23 @@ def test_sources_that_are_not_there_or_not_data(tmp_path, source, expected):
         (tmp_path / name).write_text('{"text": ')
     with pytest.raises(ConfigError, match=expected):
         load(tmp_path / source)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", "text,mood\na,1\nb,c,2\n"), ("a.jsonl", '{"text": \n{"'), ("a.parquet", "no Parquet")],
+)
+def test_what_is_wrong_with_a_file_is_said_once(tmp_path, caplog, capfd, name, content):
+    (tmp_path / name).write_text(content)
+    library = logging.getLogger("datasets")
+    level = library.level
+    library.addHandler(caplog.handler)
+    try:
+        assert "cannot be read" in problem(tmp_path / name)
+    finally:
+        library.removeHandler(caplog.handler)
+    assert library.level == level
+    assert "Failed" not in caplog.text + capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,22 @@ def test_who_is_through_stands_still(recipe, tmp_path):
     assert_alike(together[short.plan.client], alone[short.plan.client])
 
 
+@pytest.mark.parametrize("prox_mu", [0.0, 0.1])
+def test_a_layer_that_a_model_has_and_does_not_use_trains_alike(recipe, prox_mu, tmp_path, monkeypatch):
+    def unused(self, hidden):
+        return hidden.repeat(1, 1, 2)[..., :48]
+
+    monkeypatch.setattr(transformers.models.bert.modeling_bert.BertIntermediate, "forward", unused)
+    job = job_of(recipe, "rbla", **{"train.prox_mu": prox_mu})
+    training = replace(job.training, weight_decay=5.0)
+    alone, together = (
+        {r.client: r for r in in_process(job, tmp_path, cohort=cohort, training=training).run(tasks_of(job))}
+        for cohort in (1, 4)
+    )
+    for client, reply in together.items():
+        assert_alike(reply, alone[client])
+
+
 def test_modules_trained_whole_are_stacked_too(recipe, tmp_path):
     saved = ["bert.encoder.layer.1.output.LayerNorm", "bert.encoder.layer.1.output.dense"]
     job = job_of(recipe, **{"lora.modules_to_save": saved})

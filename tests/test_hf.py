@@ -2,13 +2,16 @@
 
 import copy
 import json
+import shutil
 import warnings
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from anyrank import hf, lowrank
 from anyrank.adapter import Adapter, LowRank
@@ -17,7 +20,8 @@ from anyrank.federation import ModelCost
 from anyrank.pretrained import Pretrained, resolve
 from anyrank.problem import CLASSIFICATION
 from anyrank.seeding import generator
-from tiny import WORDS, bare_model, write_model
+from causal import of_bytes, write_causal
+from tiny import BERT, WORDS, bare_model, write_model
 
 TARGETS = ["query", "value", "intermediate.dense"]
 LABELS = ["kind", "unkind", "unsure"]
@@ -317,6 +321,38 @@ def test_what_is_neither_lora_nor_dora_is_refused(base, tmp_path, content):
         hf.read_adapter(tmp_path, scale=2.0)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lora_alpha": "x"}, r"lora_alpha: expected a finite number; got 'x'"),
+        ({"lora_alpha": float("nan")}, r"lora_alpha: expected a finite number; got nan"),
+        ({"alpha_pattern": {"(": 3}}, r"alpha_pattern: expected regular expressions; got '\('"),
+        ({"alpha_pattern": {"query": None}}, r"query: expected a finite number; got None"),
+        ({"alpha_pattern": [3]}, r"alpha_pattern: expected a number for each layer's pattern; got \[3\]"),
+    ],
+)
+def test_a_configuration_without_a_true_scale_is_refused(base, tmp_path, changes, said):
+    model = adapted(base)
+    save(tmp_path, some_adapter(model), model, base)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ConfigError, match=rf"adapter_config\.json: {said}"):
+        hf.read_adapter(tmp_path, scale=2.0)
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_a_factor_without_its_partner_is_refused(base, tmp_path, factor):
+    model = adapted(base)
+    save(tmp_path, some_adapter(model), model, base)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    lost = next(name for name in tensors if factor in name)
+    del tensors[lost]
+    save_file(tensors, file)
+    with pytest.raises(ConfigError, match=rf"is there without {lost}, so the adapter is not whole"):
+        hf.read_adapter(tmp_path, scale=2.0)
+
+
 def test_half_precision_is_read_as_float32(base, tmp_path):
     model = adapted(base)
     save(tmp_path, some_adapter(model).map(lambda t: t.half()), model, base)
@@ -347,13 +383,127 @@ def test_a_pooler_belongs_to_the_last_block(base):
 
 
 def test_a_damaged_model_is_explained(base, tmp_path):
-    import shutil
-
     shutil.copytree(base.location, tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ConfigError, match=r"model\.name: model could not be loaded"):
         hf.load_classifier(resolve(str(tmp_path / "model")), label_names=LABELS, seed=0)
+
+
+# Models that are not whole, or not what is asked of them
+
+CAUSAL = "AutoModelForCausalLM"
+
+
+@pytest.fixture
+def writer(tmp_path) -> Path:
+    return write_causal(tmp_path / "writer", of_bytes())
+
+
+def change_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "said"),
+    [
+        ("model.layers.1.self_attn.q_proj.weight", None, "is missing"),
+        ("model.layers.1.self_attn.q_proj.weight", 3, r"is \[3, 16\], not \[16, 16\]"),
+        ("model.embed_tokens.weight", 50, r"is \[50, 16\], not \[261, 16\]"),
+        ("lm_head.weight", None, "is missing"),
+    ],
+)
+def test_a_language_model_that_is_not_whole_is_refused(writer, name, rows, said):
+    def change(tensors):
+        tensor = tensors.pop(name)
+        if rows:
+            tensors[name] = tensor[:rows].clone()
+
+    assert hf.load_model(resolve(str(writer)), CAUSAL, hf.Loading())
+    change_tensors(writer, change)
+    with pytest.raises(
+        ConfigError, match=rf"model\.name: the weights of writer are not whole: {name} {said}\. Expected"
+    ):
+        hf.load_model(resolve(str(writer)), CAUSAL, hf.Loading())
+
+
+def test_of_a_classifier_only_the_head_and_the_pooler_may_be_new(base, tmp_path):
+    shutil.copytree(base.location, tmp_path / "model")
+    found = resolve(str(tmp_path / "model"))
+    change_tensors(tmp_path / "model", lambda tensors: [tensors.pop(name) for name in [*tensors] if "pooler" in name])
+    assert hf.load_classifier(found, label_names=LABELS, seed=0)
+    hf.load_classifier(found, label_names=LABELS, seed=0).save_pretrained(tmp_path / "model")
+    assert hf.load_classifier(found, label_names=LABELS[:2], seed=0).num_labels == 2
+    lost = "bert.encoder.layer.0.attention.self.query"
+    change_tensors(tmp_path / "model", lambda tensors: [tensors.pop(f"{lost}.{part}") for part in ("bias", "weight")])
+    with pytest.raises(ConfigError, match=rf"not whole: {lost}\.bias is missing, {lost}\.weight is missing\. Expected"):
+        hf.load_classifier(found, label_names=LABELS, seed=0)
+
+
+def write_bare(folder: Path, name: str, **config: Any) -> Path:
+    made = getattr(transformers, name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made(made.config_class(**config)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("initializer_range", "dtype"), [(0.02, torch.float32), (0.2, torch.float32), (0.2, torch.bfloat16)]
+)
+@pytest.mark.parametrize("name", ["BertLMHeadModel", "RobertaForCausalLM"])
+def test_an_encoder_is_no_language_model(tmp_path, name, initializer_range, dtype):
+    folder = write_bare(tmp_path / "model", name, **BERT | {"initializer_range": initializer_range})
+    with pytest.raises(ConfigError, match=rf"model \({name}\) sees the tokens that it is to predict.*Take a decoder"):
+        hf.load_model(resolve(str(folder)), CAUSAL, hf.Loading(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["BertLMHeadModel", "GPTNeoXForCausalLM", "MixtralForCausalLM", "BloomForCausalLM"])
+def test_a_decoder_is_a_language_model_whatever_its_configuration_says(tmp_path, name, dtype):
+    further = {"BertLMHeadModel": {"is_decoder": True}, "MixtralForCausalLM": {"num_key_value_heads": 2}}
+    folder = write_bare(tmp_path / "model", name, **BERT, **further.get(name, {}))
+    assert hf.load_model(resolve(str(folder)), CAUSAL, hf.Loading(dtype))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(writer):
+    def cut(tensors):
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = tensors[name][:50].clone()
+
+    assert hf.load_tokenizer(resolve(str(writer)))
+    change_tensors(writer, cut)
+    about = json.loads((writer / "config.json").read_text())
+    (writer / "config.json").write_text(json.dumps(about | {"vocab_size": 50}))
+    with pytest.raises(
+        ConfigError, match=r"tokens up to number 260, but .* has 50 rows.*resize_token_embeddings\(261\)"
+    ):
+        hf.load_tokenizer(resolve(str(writer)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"device_map": "nonsense"}, r'model\.device_map: expected one of "auto".* got \'nonsense\''),
+        ({"device_map": "cuda:77"}, r"model\.device_map: cuda:77 is not there, as this machine has \d+ GPUs"),
+        ({"attention": "nope"}, r"model\.attention: nope is not to be had .*Leave it out"),
+        ({"attention": "flex_attention"}, r"model\.attention: what a step costs cannot be counted with flex_attention"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_said_of_its_key(writer, asked, said):
+    with pytest.raises(ConfigError, match=said):
+        hf.load_model(resolve(str(writer)), CAUSAL, hf.Loading(**asked))
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_a_file_of_another_kind_is_explained(writer, file):
+    (writer / file).write_text("[]")
+    with pytest.raises(
+        ConfigError, match=r"writer could not be loaded \(one of its \.json files is not as transformers"
+    ):
+        hf.load_tokenizer(resolve(str(writer)))
 
 
 def test_a_model_that_is_nowhere_is_explained(tmp_path, monkeypatch):

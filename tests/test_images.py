@@ -227,7 +227,7 @@ def broken(to: Path, row: int, stored: Any) -> Path:
 @pytest.mark.parametrize(
     ("stored", "problem"),
     [
-        (b"\x89PNG and no more", "cannot identify image file"),
+        (b"\x89PNG and no more", r"cannot be read \(cannot identify image file\); mend or remove it"),
         (encoded(grey(1)[0])[:60], "row 8, column 'image': the image cannot be read"),
         (b"thirteen byte", "13 bytes are no encoded image"),
         (b"", "0 bytes are no encoded image"),
@@ -261,6 +261,53 @@ def test_a_bad_array_is_named_with_its_row_and_what_is_wrong(image, problem, tmp
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ConfigError, match=f"data: row [12], column 'image': the image cannot be read .*{problem}"):
         image_classification(given_of(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif"])
+@pytest.mark.parametrize("model", ["mlp", "vit"])
+def test_half_a_file_is_found_before_anything_is_trained(kind, model, tmp_path):
+    base = "mlp" if model == "mlp" else str(write_vision_model(tmp_path / "model"))
+    whole = [encoded(each, kind) for each in grey(side=64)]
+    assert image_classification(given_of(parquet(tmp_path / "whole", whole, Value("binary")), model=base))
+    half = [*whole[:7], whole[7][: len(whole[7]) // 2], *whole[8:]]
+    with pytest.raises(ConfigError, match=r"data: row 8, column 'image': the image cannot be read"):
+        image_classification(given_of(parquet(tmp_path / "half", half, Value("binary")), model=base))
+
+
+def test_half_a_file_in_a_folder_is_named(tmp_path):
+    source, base = as_folders(tmp_path / "data", grey()), str(write_vision_model(tmp_path / "model"))
+    file = source / "light" / "03.png"
+    file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(ConfigError, match=rf"the image {file} cannot be read \(.*truncated"):
+        image_classification(given_of(source, model=base))
+
+
+def test_an_image_too_large_to_be_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    source = parquet(tmp_path / "data", [encoded(each) for each in grey()], Value("binary"))
+    with pytest.raises(
+        ConfigError, match=r"row \d+, column 'image': the image cannot be read .*exceeds limit of 20 pixels"
+    ):
+        image_classification(given_of(source))
+
+
+@pytest.mark.parametrize("part", ["test", "validation"])
+def test_a_class_that_only_the_test_folder_has(part, tmp_path):
+    source = as_folders(tmp_path / "data", grey(), "train")
+    as_folders(source, grey(4), part)
+    (source / part / "dark").rename(source / part / "dim")
+    with pytest.raises(
+        ConfigError, match=r"00\.png is of a class without training images; expected one of dark, light"
+    ):
+        image_classification(given_of(source))
+
+
+def test_a_folder_to_be_scored_may_lack_a_class(tmp_path):
+    source = as_folders(tmp_path / "data", grey(4))
+    for file in (source / "dark").iterdir():
+        file.unlink()
+    known = given_of(source, label_names=NAMES, only_to_score=True)
+    assert [image_classification(known).test[i]["labels"] for i in range(2)] == [1, 1]
 
 
 def test_a_missing_file_is_named_with_its_row(tmp_path):

@@ -158,6 +158,50 @@ def test_numbers_in_a_table_are_classes_unless_they_have_a_point(tmp_path):
     assert recipe_for(str(tmp_path / "a.csv"), {}).problem["name"] == "classification"
 
 
+@pytest.mark.parametrize(("odd", "row"), [("NA", 7), ("?", 7), ("", None), ("nan", 7)])
+def test_one_gap_in_numbers_does_not_make_classes_of_them(tmp_path, odd, row):
+    labels = [f"{number / 7:.3f}" for number in range(1, 31)]
+    labels[6] = odd
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"good,{label}\n" for label in labels))
+    if row is None:
+        assert recipe_for(str(tmp_path / "a.csv"), {}).problem["name"] == "regression"
+        return
+    text = rf"column 'label': nearly all labels are numbers, and some have a point, but row {row} has '{odd}'. Mend or"
+    with pytest.raises(ConfigError, match=text.replace("?", r"\?")):
+        recipe_for(str(tmp_path / "a.csv"), {})
+    assert recipe_for(str(tmp_path / "a.csv"), {"problem.name": "classification"}).problem["label"] == "label"
+
+
+def test_classes_may_look_like_numbers(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"good,{label}\n" for label in ["1", "2", "NA"] * 9))
+    assert recipe_for(str(tmp_path / "a.csv"), {}).problem["name"] == "classification"
+    (tmp_path / "b.csv").write_text("text,label\n" + "".join(f"good,{label}\n" for label in ["1.5", "2.5", "NA"] * 9))
+    assert recipe_for(str(tmp_path / "b.csv"), {}).problem["name"] == "classification"
+    assert told(tmp_path, {"text": "good", "label": "3.12"}, {}).problem["name"] == "classification"
+
+
+@pytest.mark.parametrize(
+    ("row", "named", "expected"),
+    [
+        ({"text": "good", "stars": 3, "target": 2}, "regression", {"text": ["text"], "label": "target"}),
+        ({"sentence1": "a", "sentence2": "b", "label": 1}, "classification", {"text": ["sentence1", "sentence2"]}),
+        ({"text": "good", "label": 1}, "language", {"text": "text"}),
+        ({"content": "good", "label": 1}, "language", {"text": "content"}),
+        ({"words": ["a"], "labels": [1]}, "token_classification", {"words": "words", "label": "labels"}),
+    ],
+)
+def test_the_columns_of_a_problem_that_is_named(tmp_path, row, named, expected):
+    recipe = told(tmp_path, row, {"problem.name": named, **LLAMA})
+    assert recipe.problem.items() >= {"name": named, **expected}.items()
+    own = {"problem.name": named, "problem.max_length": 32, **LLAMA}
+    assert told(tmp_path, row, own).problem.items() >= {"max_length": 32, **expected}.items()
+
+
+def test_texts_that_no_column_tells_are_asked_for(tmp_path):
+    text = refused(tmp_path, {"review": "good", "label": 3}, {"problem.name": "regression"})
+    assert "--data: its columns (review, label) do not tell which are the texts. Name them, such as --set" in text
+
+
 QUICK = {"rounds": 1, "compute.threads": 1, "compute.workers": 1}
 
 

@@ -270,6 +270,84 @@ def test_examples_with_one_label_can_be_scored(bert, tmp_path):
     assert set(score(problem, 2).metrics) == {"accuracy", "f1", "matthews"}
 
 
+@pytest.mark.parametrize(
+    ("names", "written", "expected"),
+    [
+        (("1", "2", "3"), [1, 2], [0, 1]),
+        (("1", "2", "3"), [3, 3], [2, 2]),
+        (("1", "2", "3"), [0, 1], "unknown label 0; the labels are 1, 2, 3"),
+        (("1", "2", "3"), [0, 2], "unknown label 0; the labels are 1, 2, 3"),
+        (("-1", "1"), [-1, 1], [0, 1]),
+        (("kind", "mean"), [1, 0], [1, 0]),
+        (("False", "True"), [1, 0], [1, 0]),
+        (("False", "True"), [True, False], [1, 0]),
+    ],
+)
+def test_numbers_in_data_to_be_scored_are_class_names_where_these_are_numbers(bert, tmp_path, names, written, expected):
+    source = write_rows(tmp_path / "a.jsonl", [{"text": "good", "label": label} for label in written])
+    known = given(bert, source, label_names=names, only_to_score=True)
+    if isinstance(expected, str):
+        with pytest.raises(ConfigError, match=expected):
+            classification(known, text=["text"], max_length=16)
+        return
+    problem = classification(known, text=["text"], max_length=16)
+    assert [problem.train[i]["labels"] for i in range(2)] == expected
+
+
+def coded(bert: Path, file: Path, own: list[str], known: list[str]) -> Problem:
+    """Two texts of the first class of a file that names its classes, to be scored by what knows some from before."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=own)})
+    Dataset.from_dict({"text": ["good"] * 2, "label": [0, 0]}, features=features).to_parquet(file)
+    return classification(given(bert, file, label_names=known, only_to_score=True), text=["text"], max_length=16)
+
+
+@pytest.mark.parametrize(
+    ("own", "known", "expected"),
+    [
+        (["2", "1"], ["1", "2"], 1),
+        (["mean", "kind"], ["kind", "mean"], 1),
+        (["mean"], ["kind", "mean"], 1),
+        (["unkind", "friendly"], ["kind", "mean"], 0),  # other words for the same, it may be
+    ],
+)
+def test_data_to_be_scored_may_have_class_names_in_an_order_of_its_own(bert, tmp_path, own, known, expected):
+    assert coded(bert, tmp_path / "a.parquet", own, known).test[0]["labels"] == expected
+
+
+def test_data_to_be_scored_may_name_classes_that_nothing_was_trained_for(bert, tmp_path):
+    with pytest.raises(ConfigError, match="column 'label': unknown class 'meh'; the classes are 'kind', 'mean'"):
+        coded(bert, tmp_path / "a.parquet", ["meh", "kind"], ["kind", "mean"])
+    assert coded(bert, tmp_path / "b.parquet", ["kind", "meh"], ["mean", "kind"]).test[0]["labels"] == 1
+
+
+def test_a_class_for_nearly_each_example_is_said(bert, tmp_path):
+    rows = [{"text": "good", "label": f"{number % 6}"} for number in range(10)]
+    remark = "6 classes in 10 training examples: are these labels classes, and not numbers or names?"
+    assert labelled(bert, tmp_path, rows).remarks == [remark]
+    assert labelled(bert, tmp_path / "twice", rows * 2).remarks == []
+
+
+def test_another_tokenizer_changes_the_fingerprint_and_the_same_one_does_not(bert, tmp_path):
+    """Each problem that has texts; the same words are other tokens once two of the vocabulary are exchanged."""
+    changed = write_model(tmp_path / "model")
+    swapped = [{"good": "bad", "bad": "good"}.get(word, word) for word in VOCABULARY]
+    (changed / "vocab.txt").write_text("\n".join(swapped) + "\n")
+    BertTokenizerFast(vocab=str(changed / "vocab.txt")).save_pretrained(changed)
+
+    def prints(model: Path) -> list[str]:
+        made = [labelled(model, tmp_path / "a", KINDS), tagged(model, tmp_path / "b", [NAMED])]
+        made += [
+            labelled(model, tmp_path / "c", [{"text": "good", "label": 0.5}], make=regression),
+            chosen(model, tmp_path / "d", [ASKED]),
+            plain((model, None), tmp_path / "e", [{"text": "the film was good"}]),
+        ]
+        return [problem.fingerprint for problem in made]
+
+    first, again, other = prints(bert), prints(bert), prints(changed)
+    assert first == again
+    assert not {*first} & {*other}
+
+
 def test_the_loss_is_the_mean_over_examples(bert, tmp_path):
     problem = labelled(bert, tmp_path, KINDS)
     with torch.random.fork_rng(devices=[]):
@@ -321,6 +399,14 @@ def test_correlations_and_the_root_of_the_loss(bert, tmp_path):
     assert metrics_of(problem, answers([1, 2, 3], [1, 3, 2]))["pearson"] == pytest.approx(0.5)
     for constant in (answers([2, 2, 2], [1, 2, 3]), answers([1, 2, 3], [2, 2, 2]), answers([1], [2])):
         assert metrics_of(problem, constant) == {"pearson": 0.0, "spearman": 0.0, "rmse": 0.0}
+
+
+def test_a_number_that_float32_cannot_hold(bert, tmp_path):
+    rows = [{"text": "good", "label": 1.5}, {"text": "bad", "label": -1e300}]
+    with pytest.raises(
+        ConfigError, match=r"row 2, column 'label': expected a number of at most 3.4e\+38.*found -1e\+300"
+    ):
+        labelled(bert, tmp_path, rows, make=regression)
 
 
 def test_a_number_is_learned_by_the_mean_square(bert, tmp_path):
@@ -446,6 +532,10 @@ def test_known_names_keep_their_numbers(bert, tmp_path):
 def test_words_and_tags_that_do_not_fit(bert, tmp_path, test, expected):
     with pytest.raises(ConfigError, match=expected):
         tagged(bert, tmp_path, [NAMED], [test])
+
+
+def test_a_column_called_label_beside_the_tags_is_none_of_them(bert, tmp_path):
+    assert tagged(bert, tmp_path, [{**NAMED, "label": "x", "who": "ann"}]).columns == {"who": ["ann"]}
 
 
 def test_many_words_are_cut_and_said(bert, tmp_path):

@@ -1,6 +1,8 @@
 """What is read back of a run: what it has learned of the devices, when it reached a target, which formats."""
 
+import contextlib
 import json
+import resource
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +18,17 @@ from anyrank.record import RunFolder
 from anyrank.wire import decode, encode
 from toy import FLEET, SPEC, federation
 
-INFO = dict.fromkeys(
-    ["recipe", "rounds", "method", "metric", "references", "versions", "data", "fleet", "modules_to_save"]
-)
+INFO = {
+    "recipe": {},
+    "rounds": 2,
+    "method": "rbla",
+    "metric": {},
+    "references": {},
+    "versions": {},
+    "data": {},
+    "fleet": {},
+    "modules_to_save": [],
+}
 CROWD = {f"client {i:03}": replace(FLEET["ann"], client=f"client {i:03}") for i in range(1000)}
 
 
@@ -126,3 +136,58 @@ def test_a_run_without_a_metric_is_none(tmp_path):
     folder = RunFolder.create(tmp_path / "run", {key: value for key, value in INFO.items() if key != "metric"})
     with pytest.raises(RecordError, match="lacks metric"):
         RunFolder.open(folder.path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("recipe", 5), ("fleet", []), ("data", "x"), ("metric", None), ("rounds", True), ("modules_to_save", {})],
+)
+def test_a_run_of_other_types_is_none(tmp_path, key, value):
+    folder = RunFolder.create(tmp_path / "run", INFO)
+    assert RunFolder.open(folder.path).info == folder.info
+    folder.update_info(**{key: value})
+    with pytest.raises(RecordError, match=rf"run\.json: {key} is .*; the file was changed"):
+        RunFolder.open(folder.path)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"round": 1}', "score is not there"),
+        ("[1]", r"it is \[1\]"),
+        ("junk", r"Expecting value"),
+        ("{}", "round is not there"),
+        (None, "returned_ranks is 5"),
+    ],
+)
+def test_a_line_that_is_no_round_is_named(tmp_path, line, said):
+    folder, _ = played(tmp_path / "run", FLEET)
+    changed = json.dumps(folder.records()[0] | {"returned_ranks": 5})
+    (folder.path / "rounds.jsonl").write_text((line or changed) + "\n")
+    with pytest.raises(RecordError, match=rf"rounds\.jsonl holds a line that is no round.*{said}"):
+        folder.records()
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """As on a disk that gets full: what goes over this many bytes is not written."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(("size", "file"), [(100, "rounds.jsonl"), (1000, "checkpoint/state.safetensors")])
+def test_a_round_that_finds_no_room_names_the_file_and_can_be_played_again(tmp_path, size, file):
+    whole, after = played(tmp_path / "whole", FLEET, rounds=1)
+    folder = RunFolder.create(tmp_path / "run", INFO)
+    assert (whole.path / "rounds.jsonl").stat().st_size < 1000 < checkpoint(whole).stat().st_size
+    with files_of_at_most(size), pytest.raises(OSError, match="File too large") as found:
+        folder.save(after, real_seconds=0.0)
+    assert found.value.filename == str(folder.path / file)
+    assert not list(folder.path.rglob("*.tmp"))
+    assert folder.load(SPEC, FLEET) is None
+    folder.save(after, real_seconds=0.0)
+    assert checkpoint(folder).read_bytes() == checkpoint(whole).read_bytes()

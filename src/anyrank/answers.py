@@ -27,7 +27,7 @@ from anyrank.problems.chat import Talk, prompt_of
 from anyrank.problems.language import CAUSAL
 from anyrank.problems.texts import opening, tokens_of
 from anyrank.record import RunFolder
-from anyrank.results import ABOUT
+from anyrank.results import ABOUT, read_about
 from anyrank.seeding import seed_of
 from anyrank.train import Score, Training, evaluate
 
@@ -57,19 +57,16 @@ def finished(folder: Path) -> Finished:
         folder: of a run that has ended, of an adapter, or of a merged model.
 
     Raises:
-        RecordError: there is no such thing.
+        RecordError: there is no such thing, or not the one that was written.
     """
     is_run = (folder / "run.json").exists()
     place = folder / "adapter" if is_run else folder
     if not (place / ABOUT).exists():
         raise RecordError(_why_not(folder, is_run))
-    try:
-        about = json.loads((place / ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecordError(f"{place / ABOUT} cannot be read ({error}).") from error
+    about = read_about(place)
     if (place / "mixture.json").exists():
         raise RecordError(f"{place} is a mixture of adapters; load it in Python with anyrank.hf.load_mixture.")
-    return Finished(place, about, not (place / "adapter_config.json").exists())
+    return Finished(place, about, about["files"] is None)
 
 
 def _why_not(folder: Path, is_run: bool) -> str:
@@ -163,7 +160,7 @@ def _model(what: Finished, problem: Problem) -> tuple[AdaptedModel, Adapter]:
     if what.merged:
         model = AdaptedModel(bare, scale=about["scale"], target_modules=about["layers"])
         return model, Adapter({}, model.dense)
-    adapter = hf.read_adapter(what.folder, scale=about["scale"])
+    adapter = _fitting(what, bare)
     model = AdaptedModel(
         bare,
         scale=about["scale"],
@@ -172,6 +169,20 @@ def _model(what: Finished, problem: Problem) -> tuple[AdaptedModel, Adapter]:
         weights="dora" if any(name.endswith(MAGNITUDE) for name in adapter.dense) else "lora",
     )
     return model, adapter
+
+
+def _fitting(what: Finished, bare: nn.Module) -> Adapter:
+    """The adapter, which has a place in this model."""
+    adapter = hf.read_adapter(what.folder, scale=what.about["scale"])
+    if sorted(adapter.layers) != sorted(what.about["layers"]):
+        raise RecordError(
+            f"{what.folder / ABOUT}: layers: not those of the adapter beside it. Bring it back as it was."
+        )
+    if odd := hf.unlike(adapter, bare):
+        raise ConfigError(
+            f"{what.folder}: the base model is not the one that the adapter is for: {odd[0]}. Say with --base where that is."
+        )
+    return adapter
 
 
 def _bare(what: Finished, load: Callable[[], nn.Module]) -> nn.Module:
@@ -201,8 +212,12 @@ def generate(folder: Path, prompt: str, *, base: str | None = None, max_new_toke
 
     Raises:
         RecordError: there is nothing in the folder that could answer.
-        ConfigError: the model cannot be had, or is none that writes; or the prompt is empty, or too long for it.
+        ConfigError: the model cannot be had, or is none that writes; or the prompt is no text, empty, or too long for it.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"prompt: expected text in UTF-8; got {prompt!r}. Say it in a terminal with UTF-8.") from None
     what = finished(folder)
     if what.about["auto_class"] != CAUSAL:
         raise ConfigError(
@@ -239,7 +254,7 @@ def merge(folder: Path, out: Path, *, base: str | None = None) -> None:
     if what.about["auto_class"] is None:
         raise ConfigError(f"{folder}: its base is none of transformers' models, which alone can be written as one.")
     found = _base(what, base)
-    about = json.dumps(what.about, indent=2, sort_keys=True) + "\n"
+    about = json.dumps(what.about | {"files": None}, indent=2, sort_keys=True) + "\n"
     hf.write_whole(out, _whole(what, found), hf.load_processor(found, what.about["auto_class"]), {ABOUT: about})
 
 
@@ -248,4 +263,7 @@ def _whole(what: Finished, base: Pretrained) -> Any:
     about = what.about
     loading = hf.Loading(getattr(torch, about["model"]["dtype"]))
     model = _bare(what, lambda: hf.load_model(base, about["auto_class"], loading, **about["arguments"]))
-    return model if what.merged else hf.merged(model, what.folder)
+    if what.merged:
+        return model
+    _fitting(what, model)
+    return hf.merged(model, what.folder)

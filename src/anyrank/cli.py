@@ -109,7 +109,7 @@ def _loaded(
     if rank == "auto":
         overrides = {"ranks.name": "auto", **overrides}
     elif rank:
-        if not rank.isdigit() or rank == "0":
+        if not rank.isdecimal() or int(rank) == 0:
             raise ConfigError(f"--rank {rank}: expected a whole number from 1 on, or auto.")
         overrides = {"ranks": {"name": "ratios", "values": [1.0], "of": int(rank)}, **overrides}
     if not data:
@@ -184,11 +184,15 @@ def report(
     output: Annotated[Path, typer.Option("-o", "--output", help="The HTML file to write.")] = Path("report.html"),
 ) -> None:
     """Write one self-contained HTML page about one or more runs."""
+    from anyrank.paths import replace_file
     from anyrank.report import render
 
     page = render(folders)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding="utf-8")
+    if output.exists() and not output.is_file():  # such as /dev/stdout; of a folder this is the error
+        output.write_text(page, encoding="utf-8")
+    else:
+        replace_file(output.resolve(), page.encode())
     console.print(f"Report: {output}", soft_wrap=True)
 
 

@@ -298,6 +298,7 @@ class _Rows:
         rate, decay = spread([column.rate for column in columns]), spread([column.decay for column in columns])
         self.rate, self.shrink = rate.float(), (1 - rate * decay).float()
         self.members: list[tuple[Client, Adapter]] = []  # with what it started from
+        self.used = set[str]()  # columns with a gradient in this step
         empty = torch.empty(0, len(rate), device=device)
         self._become(empty, empty, empty)
 
@@ -345,9 +346,12 @@ class _Rows:
                 live = self._cut({name: rows[place] for name, rows in own.items()}, inner)
                 objective = objective + self.method.penalty(live, inner)
         trained = [column for column in self.columns if column.trained]
-        gradients = torch.autograd.grad(objective, [self.tensors[column.name] for column in trained], retain_graph=more)
+        tensors = [self.tensors[column.name] for column in trained]
+        gradients = torch.autograd.grad(objective, tensors, retain_graph=more, allow_unused=True)
         for column, gradient in zip(trained, gradients, strict=True):
-            self.grads[:, column.at] += gradient.flatten(1)
+            if gradient is not None:
+                self.grads[:, column.at] += gradient.flatten(1)
+                self.used.add(column.name)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -356,7 +360,13 @@ class _Rows:
             self.grads.mul_((largest / (self.grads.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1))
         t = torch.tensor([[client.step + 1] for client, _ in self.members], dtype=torch.float64)
         c1, c2 = ((1 - beta**t).to(self.values) for beta in (_BETA1, _BETA2))
-        self.values.mul_(self.shrink)
+        shrink = self.shrink
+        for column in self.columns:
+            if column.decay and column.name not in self.used:  # an optimizer of its own would leave it as it is
+                shrink = shrink.clone()
+                shrink[column.at] = 1
+        self.used.clear()
+        self.values.mul_(shrink)
         self.m.lerp_(self.grads, 1 - _BETA1)
         self.v.mul_(_BETA2).addcmul_(self.grads, self.grads, value=1 - _BETA2)
         self.values.sub_(self.m.div(c1).mul_(self.rate).div_(self.v.div(c2).sqrt_().add_(_EPS)))

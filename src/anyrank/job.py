@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import Tensor
 
 from anyrank import config, data, hf
 from anyrank.adapter import Adapter
@@ -26,7 +28,7 @@ from anyrank.hf import AdaptedModel
 from anyrank.local import LOCALS
 from anyrank.methods import METHODS, proximal, server_optimizer
 from anyrank.pretrained import Pretrained, resolve
-from anyrank.problem import Batch, Problem
+from anyrank.problem import Answers, Batch, Metric, Problem
 from anyrank.problems import PROBLEMS, Given
 from anyrank.seeding import numpy_generator, seed_of
 from anyrank.topology import TOPOLOGIES, Topology, check_topology
@@ -214,9 +216,9 @@ def learner(recipe: Recipe, problem: Problem | None = None) -> Learner:
         group_by_length=recipe.train.group_by_length,
         micro_batch=recipe.train.micro_batch,
     )
-    model.probe(_seven_of_four_tokens(problem))
     if recipe.problem["name"] == config.OWN:
-        _check_loss(problem, model)
+        _check_own(recipe, problem, model)
+    model.probe(_seven_of_four_tokens(problem))
     at_once = min(recipe.train.batch_size, recipe.train.micro_batch or recipe.train.batch_size)
     batch, passes = problem.batch_of_largest(at_once), math.ceil(recipe.train.batch_size / at_once)
     cost = model.cost(batch, problem.objective.loss, passes=passes)
@@ -276,17 +278,65 @@ def _problem(recipe: Recipe, base: Pretrained) -> Problem:
     return PROBLEMS[recipe.problem["name"]](given, **_arguments(recipe.problem))
 
 
-def _check_loss(problem: Problem, model: AdaptedModel) -> None:
-    """Refuse a loss that is a mean already: it would be divided by the number of examples once more."""
-    batch = problem.collate([problem.train[0]] * 2)
-    model.load(Adapter({}, model.dense))
-    with torch.inference_mode():
-        found = problem.objective.loss(model.logits(batch), batch)
-    if found.shape[:1] != (2,):
+def _check_own(recipe: Recipe, problem: Problem, model: AdaptedModel) -> None:
+    """Try model and objective on the first training example, twice: what is wrong with them would show late, or not at all."""
+    first, objective = problem.train[0], problem.objective
+    if recipe.train.group_by_length and not (isinstance(first, Mapping) and "length" in first):
         raise ConfigError(
-            f"problem.objective: expected a loss for each example, [2] for two of them, got {list(found.shape)}. Leave the "
-            'mean out, such as with reduction="none".'
+            "train.group_by_length: expected examples that are mappings with their `length`, which `collate` leaves out; got "
+            f"{type(first).__name__}. Leave it out, or hand over such examples."
         )
+    batch = problem.collate([first] * 2)
+    model.load(Adapter({}, model.dense))
+    with torch.inference_mode(), model.model.register_forward_hook(_check_output):
+        output = model.logits(batch)
+        loss, targets = objective.loss(output, batch), objective.targets(batch)
+        predictions, labels = objective.predict(output, batch)
+    for what, found in {"a number of targets": targets, "a loss": loss}.items():
+        if not isinstance(found, Tensor) or found.shape != (2,):
+            raise ConfigError(
+                f"problem.objective: expected {what} for each example, a tensor [2] for two of them, got {_shape(found)}. "
+                'Leave the mean out, such as with reduction="none", and add up further dimensions.'
+            )
+    if (count := int(targets.sum())) < 1:
+        raise ConfigError(
+            "problem.objective: targets: expected 1 or more in each example, as the loss is divided by them, got 0 for the "
+            "first training example. Leave such examples out."
+        )
+    for name, found in {"predictions": predictions, "labels": labels}.items():
+        if not isinstance(found, Tensor) or found.shape != (count,):
+            raise ConfigError(
+                f"problem.objective: predict: {name}: expected a tensor with one for each target, [{count}] for two examples, "
+                f"got {_shape(found)}."
+            )
+    answers = Answers(predictions.cpu().numpy(), labels.cpu().numpy(), float(loss.sum()) / count)
+    for metric in objective.metrics:
+        _check_metric(metric, answers)
+
+
+def _check_output(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    """A forward hook that refuses what is no tensor and has none for `logits`."""
+    if not isinstance(getattr(output, "logits", output), Tensor):
+        raise ConfigError(
+            f"problem.model: expected a model that answers a tensor, or something with `logits`, got {_shape(output)}."
+        )
+
+
+def _check_metric(metric: Metric, answers: Answers) -> None:
+    """Refuse a metric that is no number; one that two equal examples are too few for may fail here, and be fine later."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            metric.value(answers)
+        except ConfigError:
+            raise
+        except Exception:
+            return
+
+
+def _shape(found: Any) -> str:
+    """What was found in place of a tensor of some shape."""
+    return str(list(found.shape)) if isinstance(found, Tensor) else type(found).__name__
 
 
 def _columns(problem: Problem) -> Dataset:

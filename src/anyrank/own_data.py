@@ -3,6 +3,7 @@
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ _WORDS = ("tokens", "words")
 _TAGS = ("ner_tags", "pos_tags", "tags", "labels")
 _LABELS = ("label", "labels", "target")
 _ANSWERS = ("label", "answer")
+_MOSTLY = 0.9  # of the labels are numbers: then what is none is a gap, and not a class
 _REST = Path(__file__).with_name("own_data.toml")
 _ENCODER = "all-MiniLM-L6-v2"
 _MODELS = {
@@ -50,7 +52,7 @@ def recipe_for(source: str, overrides: Mapping[str, Any]) -> Recipe:
     """
     train = data.parts(source).train
     told = overrides.get("problem.name") or overrides.get("problem", {}).get("name")
-    problem = {"name": told} if told else _problem(train)
+    problem = {"name": told, **_filled(told, train, overrides)} if told else _problem(train)
     rest = tomllib.loads(_REST.read_text(encoding="utf-8"))
     partition, clients = _partition(train)
     raw = {
@@ -81,30 +83,95 @@ def _partition(train: Dataset) -> tuple[dict[str, Any], int]:
     return {"name": "iid", "clients": clients}, clients
 
 
-def _problem(train: Dataset) -> dict[str, Any]:
-    """The problem that suits the columns."""
-    columns = train.column_names
+def _settings(columns: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What the columns are to each problem; it suits them where nothing is None or empty."""
 
     def first(names: Sequence[str]) -> str | None:
         return next((name for name in names if name in columns), None)
 
-    if any(all(first(entry) for entry in form.needed) for form in FORMS.values()):
-        return {"name": "instruction"}
     words, tags, answer, label, text = map(first, (_WORDS, _TAGS, _ANSWERS, _LABELS, _TEXTS))
-    if words and tags:
-        return {"name": "token_classification", "words": words, "label": tags}
-    if {"question", "choices"} <= {*columns} and answer:
-        return {"name": "multiple_choice", "label": answer}
     texts = next((list(pair) for pair in _PAIRS if {*pair} <= {*columns}), [text] if text else [])
-    if texts and label:
-        number = "float" in getattr(train.features[label], "dtype", "")
-        return {"name": "regression" if number else "classification", "text": texts, "label": label}
-    if "image" in columns and label:
-        return {"name": "image_classification", "label": label}
-    if text:
-        return {"name": "language", "text": text}
+    return {
+        "token_classification": {"words": words, "label": tags},
+        "multiple_choice": {"label": answer},
+        "classification": {"text": texts, "label": label},
+        "regression": {"text": texts, "label": label},
+        "image_classification": {"label": label},
+        "language": {"text": text},
+    }
+
+
+def _filled(name: str, train: Dataset, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What the columns are to a problem that is named, as far as they tell."""
+    found = {key: value for key, value in _settings(train.column_names).get(name, {}).items() if value}
+    if (
+        name in ("classification", "regression")
+        and "text" not in found
+        and not {"problem", "problem.text"} & {*overrides}
+    ):
+        raise ConfigError(
+            f"--data: its columns ({', '.join(train.column_names)}) do not tell which are the texts. Name them, such as "
+            "--set 'problem.text=[\"review\"]'."
+        )
+    return found
+
+
+def _problem(train: Dataset) -> dict[str, Any]:
+    """The problem that suits the columns."""
+    columns, settings = train.column_names, _settings(train.column_names)
+
+    def suits(name: str) -> bool:
+        return all(settings[name].values())
+
+    def chosen(name: str) -> dict[str, Any]:
+        return {"name": name, **settings[name]}
+
+    if any(all({*entry} & {*columns} for entry in form.needed) for form in FORMS.values()):
+        return {"name": "instruction"}
+    if suits("token_classification"):
+        return chosen("token_classification")
+    if {"question", "choices"} <= {*columns} and suits("multiple_choice"):
+        return chosen("multiple_choice")
+    if suits("classification"):
+        return chosen("regression" if _are_numbers(train, settings["regression"]["label"]) else "classification")
+    if "image" in columns and suits("image_classification"):
+        return chosen("image_classification")
+    if suits("language"):
+        return chosen("language")
     raise ConfigError(
         f"--data: its columns ({', '.join(columns)}) do not tell what is to be learned. Expected messages, or instruction and "
         "response, or prompt and completion, or text and label, or text. Write a recipe that says it (docs/recipes.md), or set "
         "the problem, such as --set problem.name=classification --set 'problem.text=[\"review\"]'."
     )
+
+
+def _are_numbers(train: Dataset, label: str) -> bool:
+    """Whether labels are numbers with a point.
+
+    Raises:
+        ConfigError: one is none among many that are.
+    """
+    kind = getattr(train.features[label], "dtype", "")
+    if "string" not in kind:
+        return "float" in kind
+    values = [value or "" for value in train[label][:]]
+    odd = [row for row, value in enumerate(values) if value and not _is_number(value)]
+    if (
+        not odd
+        or len(odd) > (1 - _MOSTLY) * len(values)
+        or not any("." in value for value in values if _is_number(value))
+    ):
+        return False
+    raise ConfigError(
+        f"--data: column {label!r}: nearly all labels are numbers, and some have a point, but row {odd[0] + 1} has "
+        f"{values[odd[0]]!r}. Mend or remove such rows, so that numbers can be predicted; or, if each is a class, set "
+        "--set problem.name=classification."
+    )
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is a finite number."""
+    try:
+        return isfinite(float(text))
+    except ValueError:
+        return False

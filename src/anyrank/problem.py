@@ -70,6 +70,20 @@ class Metric:
     of: Callable[[Answers], float]
     higher_is_better: bool = True
 
+    def value(self, answers: Answers) -> float:
+        """How well these answers do.
+
+        Raises:
+            ConfigError: it is no number.
+        """
+        found = self.of(answers)
+        try:
+            return float(found)
+        except (TypeError, ValueError, RuntimeError) as error:  # the last is PyTorch's, of a tensor with many numbers
+            raise ConfigError(
+                f"problem.objective: metric {self.name!r}: expected a number, got {found!r:.200}. Have `of` return a float."
+            ) from error
+
     def reached(self, value: float | None, target: float) -> bool:
         """Whether a value is at least as good as a target; one that was not measured is not."""
         return value is not None and (value >= target if self.higher_is_better else value <= target)
@@ -112,9 +126,29 @@ CLASSIFICATION = Objective(
 
 
 def collate_pairs(examples: list[Any]) -> Batch:
-    """A batch of `(input, label)` pairs, or of mappings that have `labels`."""
+    """A batch of `(input, label)` pairs, or of mappings that have `labels`.
+
+    Raises:
+        ConfigError: they are something else.
+    """
     batch = default_collate(examples)
-    return batch if isinstance(batch, Mapping) else {"inputs": batch[0], "labels": batch[1]}
+    if isinstance(batch, Mapping) and "labels" in batch:
+        return batch
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        return {"inputs": batch[0], "labels": batch[1]}
+    raise ConfigError(
+        "problem.collate: expected examples that are pairs of input and label, or mappings with `labels`, got "
+        f"{_kind(examples[0])}. For others, hand over a collate function of your own."
+    )
+
+
+def _kind(example: Any) -> str:
+    """What an example is, for an error."""
+    if isinstance(example, Mapping):
+        return f"a mapping with {', '.join(map(str, example))}"
+    if isinstance(example, list | tuple):
+        return f"{len(example)} values"
+    return f"a {type(example).__name__}"
 
 
 def _nothing_else(model: Any) -> Mapping[str, float]:
@@ -138,7 +172,7 @@ class Problem:
             training example.
         label_names: class names in label order, where there are classes.
         references: what rules that understand nothing reach by the metric, by what they are called.
-        fingerprint: of the data's content; a run is only continued with the same one.
+        fingerprint: of the data's content, and of the tokens that it became; a run is only continued with the same one.
         task_type: PEFT's name for what the model does, if it has one.
         auto_class: the class of transformers that loads such a model, if one does.
         model_arguments: what that class is told beside the model's name, such as `num_labels`.
@@ -147,7 +181,8 @@ class Problem:
         remarks: what is allowed but worth knowing.
 
     Raises:
-        ConfigError: no examples or metrics, columns of another length, or a model in place of what makes one.
+        ConfigError: no examples or metrics, columns or lengths that do not fit the examples, or a model in place of what
+            makes one.
     """
 
     model: Callable[[], nn.Module]
@@ -188,8 +223,36 @@ class Problem:
             for name, values in self.columns.items()
             if len(values) != len(self.train)
         ]
-        if problems:
+        if problems := problems or [*self._odd_lengths(), *self._odd_labels()]:
             raise ConfigError(problems)
+
+    def _odd_lengths(self) -> list[str]:
+        if self.lengths is None:
+            return []
+        found = self.lengths if isinstance(self.lengths, np.ndarray) else None
+        fits = found is not None and found.shape == (len(self.train),) and found.dtype.kind in "iu" and found.min() > 0
+        if fits:
+            return []
+        what = type(self.lengths).__name__ if found is None else f"{found.dtype} {list(found.shape)}"
+        return [
+            f"problem.lengths: expected a NumPy array of {len(self.train)} whole numbers above 0, one for each training "
+            f"example, got {what}. Such as np.array([...]), or None where all are of one size."
+        ]
+
+    def _odd_labels(self) -> list[str]:
+        if not self.label_names or "label" not in self.columns:
+            return []
+        codes = np.asarray(self.columns["label"])
+        if codes.dtype.kind in "iub" and codes.min() >= 0 and codes.max() < len(self.label_names):
+            return []
+        odd = next(
+            (code for code in codes.tolist() if not isinstance(code, int) or not 0 <= code < len(self.label_names)),
+            codes.dtype,
+        )
+        return [
+            f"problem.columns: label: expected whole numbers from 0 to {len(self.label_names) - 1}, as there are "
+            f"{len(self.label_names)} label_names, got {odd!r}. Name every class, or leave label_names out."
+        ]
 
     def batch_of_largest(self, count: int) -> Batch:
         """A batch of so many of the largest examples there can be."""

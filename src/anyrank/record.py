@@ -23,11 +23,42 @@ from anyrank.adapter import Adapter
 from anyrank.engine import Late, Progress
 from anyrank.errors import RecordError
 from anyrank.federation import Device, Fold, Plan, Spec, State, Task, Times
+from anyrank.paths import replace_file, writing
 from anyrank.wire import decode, encode
 
 __all__ = ["FORMAT", "RunFolder"]
 
 FORMAT = 2
+
+_Kinds = Mapping[str, type | tuple[type, ...]]
+_INFO: _Kinds = {
+    "recipe": dict,
+    "rounds": int,
+    "method": str,
+    "metric": dict,
+    "references": dict,
+    "versions": dict,
+    "data": dict,
+    "fleet": dict,
+    "modules_to_save": list,
+}
+_NUMBER = (int, float, type(None))  # JSON has no number for a loss that is not finite
+_RECORD: _Kinds = {
+    "round": int,
+    "score": _NUMBER,
+    "metrics": (dict, type(None)),
+    "class_scores": (dict, type(None)),
+    "train_loss": _NUMBER,
+    "bytes_down": int,
+    "bytes_up": int,
+    "examples": int,
+    "planned_ranks": dict,
+    "returned_ranks": dict,
+    "late_replies": dict,
+    "rejected": list,
+    "simulated_seconds": _NUMBER,
+    "real_seconds": _NUMBER,
+}
 
 
 class RunFolder:
@@ -91,10 +122,10 @@ class RunFolder:
             found = info.get("format") if isinstance(info, dict) else "something else"
             shown = " `anyrank report` can still show it." if found == 1 else ""
             raise RecordError(f"{path / 'run.json'} is not a run of format {FORMAT}; it says {found!r}.{shown}")
-        missing = {"recipe", "rounds", "method", "metric", "references", "versions", "data", "fleet", "modules_to_save"}
-        missing -= set(info)
-        if missing:
+        if missing := set(_INFO) - set(info):
             raise RecordError(f"{path / 'run.json'} lacks {', '.join(sorted(missing))}; it is not from anyrank.")
+        if odd := _odd(info, _INFO):
+            raise RecordError(f"{path / 'run.json'}: {odd}; the file was changed. Bring it back as it was.")
         return cls(path, info)
 
     def update_info(self, **changes: Any) -> None:
@@ -104,7 +135,7 @@ class RunFolder:
 
     def _write_info(self) -> None:
         text = json.dumps(self.info, indent=2) + "\n"  # in order: the order of device classes decides who gets which
-        _replace_file(self.path / "run.json", text.encode())
+        replace_file(self.path / "run.json", text.encode())
 
     def records(self) -> list[dict[str, Any]]:
         """The rounds so far; a last line that a kill cut short is left out.
@@ -113,11 +144,19 @@ class RunFolder:
             RecordError: a line that is not the record of a round.
         """
         try:
-            return [record | {"round": int(record["round"])} for record in self._complete_lines()]
-        except (ValueError, TypeError, KeyError) as error:
-            raise RecordError(f"{self.path / 'rounds.jsonl'} holds a line that is no round ({error!r}).") from error
+            records = list(self._complete_lines())
+        except ValueError as error:
+            raise RecordError(f"{self.path / 'rounds.jsonl'} holds a line that is no round ({error}).") from error
+        for record in records:
+            odd = _odd(record, _RECORD) if isinstance(record, dict) else f"it is {record!r}"
+            if odd:
+                raise RecordError(
+                    f"{self.path / 'rounds.jsonl'} holds a line that is no round: {odd}. Bring it back as it was, or start a "
+                    "new run."
+                )
+        return records
 
-    def _complete_lines(self) -> Iterator[dict[str, Any]]:
+    def _complete_lines(self) -> Iterator[Any]:
         file = self.path / "rounds.jsonl"
         text = file.read_text(encoding="utf-8") if file.exists() else ""
         for line in text.splitlines(keepends=True):
@@ -126,7 +165,8 @@ class RunFolder:
 
     def save(self, progress: Progress, *, real_seconds: float) -> None:
         """Write a finished round: first its record, then the checkpoint, so that `load` can cut the records back."""
-        with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
+        records = self.path / "rounds.jsonl"
+        with writing(records), records.open("a", encoding="utf-8") as file:
             file.write(_line({**progress.record, "real_seconds": real_seconds}))
             file.flush()
             os.fsync(file.fileno())
@@ -146,7 +186,7 @@ class RunFolder:
             adapters |= {f"late start {client}": late.task.start, f"late frozen {client}": late.task.frozen}
         packed = encode(adapters, header)
         (self.path / "checkpoint").mkdir(exist_ok=True)
-        _replace_file(self.path / "checkpoint" / "state.safetensors", packed)
+        replace_file(self.path / "checkpoint" / "state.safetensors", packed)
 
     def load(self, spec: Spec, fleet: Mapping[str, Device], *, target: float | None = None) -> Progress | None:
         """The last checkpoint, and `rounds.jsonl` cut back to it; None if no round was finished.
@@ -201,7 +241,7 @@ class RunFolder:
     def _keep(self, records: list[dict[str, Any]]) -> None:
         if (self.path / "rounds.jsonl").exists():
             text = "".join(map(_line, records))
-            _replace_file(self.path / "rounds.jsonl", text.encode())
+            replace_file(self.path / "rounds.jsonl", text.encode())
 
     def final_adapter(self) -> Adapter:
         """The global adapter of the last finished round.
@@ -219,6 +259,16 @@ class RunFolder:
         folds = [adapters[f"0 fold {number}"] for number in header["states"][0][1]["folds"]]
         adapter = adapters["0 adapter"]
         return Adapter(lowrank.together([adapter, *folds]).layers, adapter.dense) if folds else adapter
+
+
+def _odd(content: Mapping[str, Any], kinds: _Kinds) -> str:
+    """The first entry that is not there or of another kind, in words; empty if all are as expected."""
+    for key, kind in kinds.items():
+        if key not in content:
+            return f"{key} is not there"
+        if not isinstance(content[key], kind) or isinstance(content[key], bool):
+            return f"{key} is {content[key]!r}"
+    return ""
 
 
 def _line(record: Mapping[str, Any]) -> str:
@@ -281,18 +331,3 @@ def _learned(device: Device) -> dict[str, Any]:
 def _reminded(device: Device, learned: Mapping[str, Any]) -> Device:
     times = Times(**learned["times"]) if learned["times"] else None
     return replace(device, rank=learned["rank"], folds=learned["folds"], times=times)
-
-
-def _replace_file(file: Path, content: bytes) -> None:
-    """Write a file so that it is either the old one or the new one, never half of it, even after a power cut."""
-    temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -3,16 +3,19 @@
 Beside an adapter lies `anyrank.json`: what a program needs to use it, which PEFT's own file does not say.
 """
 
+import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from anyrank import hf, lowrank
 from anyrank.adapter import Adapter
 from anyrank.card import licence_of, model_card
+from anyrank.config import ModelTable
 from anyrank.data import stdlib_docs
 from anyrank.engine import Progress, applied
 from anyrank.errors import ConfigError, RecordError
@@ -20,14 +23,81 @@ from anyrank.federation import Device, Plan
 from anyrank.job import Job
 from anyrank.memory import Memory, folder_name
 from anyrank.methods import describe
-from anyrank.paths import expanded
+from anyrank.paths import expanded, replace_file, replaced
 from anyrank.pretrained import Pretrained, resolve
 from anyrank.record import RunFolder
 from anyrank.seeding import generator
 
-__all__ = ["ABOUT", "export", "save_results", "write_card"]
+__all__ = ["ABOUT", "export", "read_about", "save_results", "write_card"]
 
 ABOUT = "anyrank.json"
+_FOR_PEOPLE = ("README.md", "labels.json")  # what may be changed in the folder of an adapter
+
+
+class _Named(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    name: str
+
+
+class _About(BaseModel):
+    """What `anyrank.json` holds."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    arguments: dict[str, Any]
+    auto_class: str | None
+    base: str | None
+    base_hash: str
+    files: dict[str, str] | None
+    form: str | None
+    label_names: list[str]
+    layers: Annotated[list[str], Field(min_length=1)]
+    metric: _Named
+    model: ModelTable
+    modules_to_save: list[str]
+    problem: _Named
+    scale: Annotated[float, Field(gt=0)]
+    seed: int
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """The content of `anyrank.json`, with the adapter beside it looked at: it is the one that was written, to the last byte.
+
+    Raises:
+        RecordError: it cannot be read, or the adapter is another, or not whole.
+    """
+    file = folder / ABOUT
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(about, dict):
+            raise ValueError("expected an object")
+        _About.model_validate(about)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where, fault = ".".join(map(str, first["loc"])), first["msg"][0].lower() + first["msg"][1:]
+        raise RecordError(
+            f"{file}: {where}: {fault}; the file was changed, or is not from this version of anyrank. Bring it back as it was."
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecordError(f"{file} cannot be read ({error}).") from error
+    for name, expected in (about["files"] or {}).items():
+        try:
+            found = _sha256(folder / name)
+        except OSError as error:
+            raise RecordError(
+                f"{folder / name} cannot be read ({error.strerror}), so the adapter is not whole."
+            ) from error
+        if found != expected:
+            raise RecordError(
+                f"{folder / name} is not the file that anyrank wrote: expected SHA-256 {expected[:12]}, found {found[:12]}. "
+                "Bring it back as it was; if it was changed on purpose, load the adapter with PEFT."
+            )
+    return about
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def save_results(job: Job, folder: RunFolder, progress: Progress) -> None:
@@ -87,25 +157,15 @@ def _save(folder: RunFolder, out: Path, adapter: Adapter, base: Pretrained, *, s
     info = folder.info
     scale = info["recipe"]["lora"]["scale"]
     adapter = hf.factored(adapter, scale=scale)
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     experts = _experts(folder)
     further = {"experts": experts} if experts else {"patches": info["patches"], "task_type": info["task_type"]}
     write = partial(hf.write_mixture if experts else hf.write_adapter, **further)
-    write(
-        temporary,
-        adapter,
-        scale=scale,
-        base=base,
-        modules_to_save=info["modules_to_save"],
-        label_names=info["data"]["label_names"],
-        card=_card(folder, adapter, scored),
-    )
     about = {
         "base": base.name,
         "base_hash": info["base_hash"],
         "arguments": info["model_arguments"],
         "auto_class": info["auto_class"],
+        "files": {},
         "form": info["form"],
         "label_names": info["data"]["label_names"],
         "layers": list(adapter.layers),
@@ -116,9 +176,18 @@ def _save(folder: RunFolder, out: Path, adapter: Adapter, base: Pretrained, *, s
         "scale": scale,
         "seed": info["recipe"]["seed"],
     }
-    (temporary / ABOUT).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    shutil.rmtree(out, ignore_errors=True)
-    temporary.replace(out)
+    with replaced(out) as temporary:
+        write(
+            temporary,
+            adapter,
+            scale=scale,
+            base=base,
+            modules_to_save=info["modules_to_save"],
+            label_names=info["data"]["label_names"],
+            card=_card(folder, adapter, scored),
+        )
+        about["files"] = {file.name: _sha256(file) for file in temporary.iterdir() if file.name not in _FOR_PEOPLE}
+        (temporary / ABOUT).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_card(folder: RunFolder) -> None:
@@ -126,13 +195,14 @@ def write_card(folder: RunFolder) -> None:
     place = folder.path / "adapter"
     if place.is_dir() and not _experts(folder):
         adapter = hf.read_adapter(place, scale=folder.info["recipe"]["lora"]["scale"])
-        temporary = place / "README.md.tmp"
-        temporary.write_text(_card(folder, adapter, "all"), encoding="utf-8")
-        temporary.replace(place / "README.md")
+        replace_file(place / "README.md", _card(folder, adapter, "all").encode())
 
 
 def _card(folder: RunFolder, adapter: Adapter, scored: str | None) -> str:
-    info, last = folder.info, folder.records()[-1]
+    info, records = folder.info, folder.records()
+    if not records:
+        raise RecordError(f"{folder.path / 'rounds.jsonl'} holds no round; the folder was changed. Start a new run.")
+    last = records[-1]
     recipe, names = info["recipe"], info["data"]["label_names"]
     if scored not in (None, "all"):
         score = (last["class_scores"] or {}).get(scored)
@@ -197,7 +267,7 @@ def export(source: Path, rank: int, out: Path) -> Adapter:
         raise RecordError(
             f"{source} holds a mixture of adapters, which has no rank to be cut to; see {source / 'adapter'}."
         )
-    adapter = hf.read_adapter(source / "adapter", scale=folder.info["recipe"]["lora"]["scale"])
+    adapter = hf.read_adapter(source / "adapter", scale=read_about(source / "adapter")["scale"])
     largest = max(adapter.ranks.values())
     if not 1 <= rank <= largest:
         raise ConfigError(f"--rank {rank}: expected a rank from 1 to {largest}, the rank of the run's adapter.")

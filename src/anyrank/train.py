@@ -215,6 +215,9 @@ def evaluate(
         frozen: what is applied besides.
         scale: a factor on the run's scale, for `adapter` alone.
         metrics: by which; None takes all.
+
+    Raises:
+        ConfigError: a metric is no number.
     """
     spread = training.local.spread
     model.load(spread(adapter), frozen=spread(frozen), scale=scale)
@@ -231,4 +234,6 @@ def evaluate(
         answers.append((predictions.cpu().numpy(), labels.cpu().numpy()))
     predictions, labels = (np.concatenate(parts) for parts in zip(*answers, strict=True))
     reached = Answers(predictions, labels, loss / targets)
-    return Score(reached.loss, {metric.name: metric.of(reached) for metric in metrics or objective.metrics}, len(data))
+    return Score(
+        reached.loss, {metric.name: metric.value(reached) for metric in metrics or objective.metrics}, len(data)
+    )

@@ -2,7 +2,7 @@
 
 from anyrank.data.load import Labelled, class_index, encode, labelled, labelled_texts, lacks_labels, load, with_texts
 from anyrank.data.partition import PARTITIONS, held_out
-from anyrank.data.read import Parts, absent_columns, fingerprint, parts, split_off
+from anyrank.data.read import Parts, absent_columns, fingerprint, parts, split_off, with_tokens
 from anyrank.data.references import majority, overlap
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "parts",
     "split_off",
     "with_texts",
+    "with_tokens",
 ]

@@ -4,7 +4,7 @@ import io
 from collections.abc import Iterator
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 
 from anyrank.errors import ConfigError
 
-__all__ = ["Images", "folders_of_images", "pillow"]
+__all__ = ["Depth", "Images", "folders_of_images", "pillow"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 SIGNATURES = (
@@ -25,6 +25,8 @@ SIGNATURES = (
 PARTS = ("train", "test", "validation")
 
 Pixels = UInt8[np.ndarray, "channels height width"]
+Depth = Literal["header", "coarse", "whole"]
+"""How much of an encoded image is decoded. A coarse image is thrown away: it costs a tenth, and shows that all is there."""
 
 
 def folders_of_images(path: Path) -> dict[str, Dataset] | None:
@@ -36,6 +38,9 @@ def folders_of_images(path: Path) -> dict[str, Dataset] | None:
     Returns:
         by part, the columns `image` (paths) and `label` (class names in the order of the alphabet); None if there are no such
         files.
+
+    Raises:
+        ConfigError: a class has no training examples.
     """
     folders = {part: path / part for part in PARTS if (path / part).is_dir()}
     if "train" not in folders:
@@ -43,7 +48,14 @@ def folders_of_images(path: Path) -> dict[str, Dataset] | None:
     files = {part: _image_files(folder) for part, folder in folders.items()}
     if not files["train"]:
         return None
-    classes = ClassLabel(names=sorted({name for found in files.values() for name, _ in found}))
+    names = sorted({name for name, _ in files["train"]})
+    strangers = [file for found in files.values() for name, file in found if name not in names]
+    if strangers:
+        raise ConfigError(
+            f"data {path}: {strangers[0]} is of a class without training images; expected one of {', '.join(names)}. Rename or "
+            f"remove its folder, or add such images to {folders['train']}"
+        )
+    classes = ClassLabel(names=names)
     features = Features({"image": Value("string"), "label": classes})
     return {
         part: Dataset.from_dict(
@@ -96,44 +108,47 @@ class Images:
 
     def __iter__(self) -> Iterator[Pixels]:
         """All images in their order, read faster than one by one."""
-        return (pixels for _, pixels in self._each(decode=True))
+        return (pixels for _, pixels in self._each("whole"))
 
-    def contents(self) -> Iterator[bytes]:
-        """What is stored of each image, as a fingerprint takes it; that it is an image is checked as far as its header says.
+    def contents(self, depth: Depth) -> Iterator[bytes]:
+        """What is stored of each image, as a fingerprint takes it; that it is an image is checked as far as it is decoded.
 
         Raises:
             ConfigError: there is none, or it is no image.
         """
-        return (content for content, _ in self._each(decode=False))
+        return (content for content, _ in self._each(depth))
 
     def named(self, index: int) -> str:
         """What an image is called in an error."""
         return f"{self._where}: row {self._rows[index]}, column {self._column!r}"
 
-    def _each(self, *, decode: bool) -> Iterator[tuple[bytes, Any]]:
+    def _each(self, depth: Depth) -> Iterator[tuple[bytes, Any]]:
         index = 0
         for batch in self._data.iter(256):
             for value in batch[self._column]:  # pyright: ignore[reportCallIssue, reportArgumentType]
-                yield self._read(index, value, decode=decode)
+                yield self._read(index, value, depth)
                 index += 1
 
-    def _read(self, index: int, value: Any, *, decode: bool = True) -> tuple[bytes, Any]:
+    def _read(self, index: int, value: Any, depth: Depth = "whole") -> tuple[bytes, Any]:
         """What is stored of an image, and the image."""
+        file = ""
         try:
             if isinstance(value, dict):
                 value = value["path"] if value["bytes"] is None else value["bytes"]
             elif isinstance(value, bytes) and not value.startswith(SIGNATURES):
                 return value, _square(value)
             if isinstance(value, str):
-                value = (self._folder / value).read_bytes()
+                file, value = f" {value}", (self._folder / value).read_bytes()
             if isinstance(value, bytes):
-                return value, _decoded(value, decode)
+                return value, _decoded(value, depth)
             if value is None:
                 raise ValueError("there is none")
             pixels = _of_numbers(np.asarray(value))
             return str(pixels.shape).encode() + pixels.tobytes(), pixels
         except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise
-            raise ConfigError(f"{self.named(index)}: the image cannot be read ({error}); mend or remove it") from error
+            raise ConfigError(
+                f"{self.named(index)}: the image{file} cannot be read ({error}); mend or remove it"
+            ) from error
 
 
 def pillow() -> Any:
@@ -151,16 +166,25 @@ def pillow() -> Any:
     return Image
 
 
-def _decoded(content: bytes, whole: bool) -> Any:
-    """An encoded image, upright as a camera noted it; or only its header."""
-    image = pillow().open(io.BytesIO(content))
-    if not whole:
+def _decoded(content: bytes, depth: Depth) -> Any:
+    """An encoded image, upright as a camera noted it; None, if it is only to be seen whether it can be had."""
+    PIL = pillow()
+    try:
+        image = PIL.open(io.BytesIO(content))
+    except PIL.UnidentifiedImageError as error:  # which speaks of a place in memory
+        raise ValueError("cannot identify image file") from error
+    except PIL.DecompressionBombError as error:
+        raise ValueError(str(error)) from error
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"its mode is {image.mode}; expected 8 bits for each channel")
+    if depth == "coarse":
+        image.draft(None, (1, 1))  # of a JPEG all is read, but an eighth of its width and height worked out
+        image.load()
+    if depth != "whole":
         return None
     from PIL import ImageOps
 
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"its mode is {image.mode}; expected 8 bits for each channel")
     pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 

@@ -1,12 +1,14 @@
 """Labelled texts: one or two columns of them and a label, checked, and from texts to tokens."""
 
 import json
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +28,7 @@ __all__ = [
     "with_texts",
 ]
 
+LARGEST = float(np.finfo(np.float32).max)
 UNLABELLED = -1  # what published test sets carry where their labels are kept secret
 
 
@@ -187,11 +190,12 @@ def class_index(
         known: class names in label order, if they are known from before.
 
     Raises:
-        ConfigError: labels of different kinds, or only one.
+        ConfigError: labels of different kinds, or only one; or a class that is not among those known from before.
     """
-    if known is not None:
-        return _known(values, known), tuple(known)
-    return _classes(values, label, _published_names(source, label, feature))
+    published = _published_names(source, label, feature)
+    if known is None:
+        return _classes(values, label, published)
+    return _known(values, label, known, published), tuple(known)
 
 
 def numbered(found: Parts, label: str, *, test_share: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -217,6 +221,11 @@ def _numbers(data: Dataset, label: str, where: str) -> list[float]:
     for row, value in enumerate(values, start=1):
         if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
             raise ConfigError(f"{where}: row {row}, column {label!r}: expected a finite number, found {value!r}")
+        if abs(value) > LARGEST:
+            raise ConfigError(
+                f"{where}: row {row}, column {label!r}: expected a number of at most {LARGEST:.2g}, which float32 can hold, "
+                f"found {value!r}; mend or remove the row, or bring all labels to another scale"
+            )
     return [float(value) for value in values]
 
 
@@ -287,12 +296,21 @@ def _classes(
     return {value: index for index, value in enumerate(written)}, names
 
 
-def _known(values: Sequence[Any], names: Sequence[str]) -> Mapping[Any, int]:
+def _known(
+    values: Sequence[Any], label: str, names: Sequence[str], published: Sequence[str] | None
+) -> Mapping[Any, int]:
     """The index of each label as it is written, where labels may be class names or their numbers."""
     written = set(values)
+    numbers = all(isinstance(value, int) for value in written)
+    if numbers and published and {*published} & {*names}:  # this data has names of its own, maybe in another order
+        if strangers := [name for code, name in enumerate(published) if code in written and name not in names]:
+            expected = ", ".join(map(repr, names))
+            raise ConfigError(f"label column {label!r}: unknown class {strangers[0]!r}; the classes are {expected}")
+        return {code: names.index(name) for code, name in enumerate(published) if name in names}
     as_names = {value: names.index(str(value)) for value in written if str(value) in names}
-    if as_names.keys() != written and all(isinstance(value, int) for value in written):
-        return {number: number for number in range(len(names))}
+    if numbers and as_names.keys() != written:
+        whole = {int(name): number for number, name in enumerate(names) if re.fullmatch(r"-?\d+", name)}
+        return whole or {number: number for number in range(len(names))}
     return {name: number for number, name in enumerate(names)} | as_names
 
 

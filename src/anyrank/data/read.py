@@ -22,7 +22,17 @@ from anyrank.errors import ConfigError
 from anyrank.paths import expanded
 from anyrank.seeding import numpy_generator
 
-__all__ = ["FILE", "FORMATS", "LABEL_NAMES", "Parts", "absent_columns", "fingerprint", "parts", "split_off"]
+__all__ = [
+    "FILE",
+    "FORMATS",
+    "LABEL_NAMES",
+    "Parts",
+    "absent_columns",
+    "fingerprint",
+    "parts",
+    "split_off",
+    "with_tokens",
+]
 
 FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 EXPECTED = {
@@ -118,6 +128,32 @@ def fingerprint(parts: Sequence[Dataset], columns: Sequence[str], more: Sequence
     return digest.hexdigest()
 
 
+def with_tokens(fingerprint: str, encoded: Sequence[Dataset]) -> str:
+    """A fingerprint (hex) that another tokenizer, or another chat template, changes too.
+
+    Args:
+        fingerprint: of the data's content.
+        encoded: what a tokenizer made of it: columns of numbers, or of lists of them.
+    """
+    digest = hashlib.sha256(fingerprint.encode())
+    for part in encoded:
+        for name in sorted(part.column_names):
+            digest.update(f"\n{name} {len(part)}\n".encode())
+            for chunk in part.data.column(name).chunks:
+                for content in _contents(chunk):
+                    digest.update(content)
+    return digest.hexdigest()
+
+
+def _contents(array: Any) -> Iterator[bytes]:
+    """An Arrow array as it lies in memory: a hundred times as fast as by way of Python's numbers."""
+    if hasattr(array, "value_lengths"):
+        yield from _contents(array.value_lengths())
+        yield from _contents(array.flatten())
+    else:
+        yield array.to_numpy(zero_copy_only=False).tobytes()
+
+
 def absent_columns(data: Dataset, wanted: Sequence[str], *, where: str) -> list[str]:
     """One sentence for each wanted column that `data` lacks: the columns it has, and the nearest of them."""
     return [_absent(data, name, where) for name in wanted if name not in data.column_names]
@@ -147,16 +183,26 @@ def _own_test(splits: Mapping[str, Dataset], usable: Callable[[Dataset], str]) -
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """Also without the hub's own lines about its retries: what went wrong is said once, at the end."""
-    shown, logger = not datasets.are_progress_bars_disabled(), logging.getLogger("huggingface_hub")
-    level = logger.level
+    shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    logger.setLevel(logging.ERROR)
+    try:
+        with _silent("huggingface_hub", logging.ERROR):
+            yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def _silent(library: str, below: int) -> Iterator[None]:
+    """Without what a library logs below a level."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(below)
     try:
         yield
     finally:
         logger.setLevel(level)
-        if shown:
-            datasets.enable_progress_bars()
 
 
 def _splits(source: str, columns: tuple[str, ...]) -> Mapping[str, Dataset]:
@@ -238,7 +284,7 @@ def _file(path: Path, columns: tuple[str, ...]) -> Dataset:
 
 def _read(kind: str, path: Path, columns: tuple[str, ...]) -> Dataset:
     options = _csv_options(columns) if kind == "csv" else {}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _silent("datasets", logging.CRITICAL):  # it logs as an error what it raises as well
         warnings.filterwarnings("error", message="Length of header")
         return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
 

@@ -22,7 +22,7 @@ from anyrank.hf.load import (
     load_tokenizer,
 )
 from anyrank.hf.mixture import load_mixture
-from anyrank.hf.whole import generate, merged, write_whole
+from anyrank.hf.whole import generate, merged, unlike, write_whole
 
 __all__ = [
     "BLOCK",
@@ -43,6 +43,7 @@ __all__ = [
     "merged",
     "misfits",
     "read_adapter",
+    "unlike",
     "write_adapter",
     "write_mixture",
     "write_whole",

@@ -9,10 +9,12 @@ own: `<layer>.magnitude` with DoRA (`<layer>.lora_magnitude_vector` there), `<la
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import peft
 import safetensors
@@ -171,10 +173,7 @@ def read_adapter(folder: Path, *, scale: float) -> Adapter:
             f"{folder}: no PEFT adapter can be read there ({error}). Expected adapter_config.json and "
             "adapter_model.safetensors, as PEFT's save_pretrained writes them."
         ) from error
-    if not isinstance(config, dict) or "lora_alpha" not in config:
-        raise ConfigError(
-            f"{folder / 'adapter_config.json'}: there is no lora_alpha; expected what PEFT's LoraConfig saves."
-        )
+    _check_alphas(folder / "adapter_config.json", config)
     magnitudes = any(key.endswith(_SAVED_MAGNITUDE) for key in flat)
     if (
         config.get("peft_type") != "LORA"
@@ -191,23 +190,53 @@ def read_adapter(folder: Path, *, scale: float) -> Adapter:
             dense[name.removesuffix(_SAVED_MAGNITUDE) + MAGNITUDE] = tensor.float()
         elif ".lora_" not in name:
             dense[name] = tensor.float()
-        elif name.endswith(".lora_A.weight") and (partner := key.replace(".lora_A.", ".lora_B.")) in flat:
-            layer = name.removesuffix(".lora_A.weight")
-            factor = _scale_of(config, layer, tensor.shape[0]) / scale
-            A, B = _flattened(tensor, flat[partner], f"{folder}: {layer}")
-            layers[layer] = LowRank(A.float(), B.float() * factor)
-        elif not name.endswith(".lora_B.weight"):
+        elif not name.endswith((".lora_A.weight", ".lora_B.weight")):
             raise ConfigError(
                 f"{folder}: {key} is no factor of LoRA on a linear layer or a Conv2d, which is all that is read."
             )
+        elif (partner := _other_factor(key)) not in flat:
+            raise ConfigError(
+                f"{folder / 'adapter_model.safetensors'}: {key} is there without {partner}, so the adapter is not whole. "
+                "Save it again."
+            )
+        elif name.endswith(".lora_A.weight"):
+            layer = name.removesuffix(".lora_A.weight")
+            A, B = _flattened(tensor, flat[partner], f"{folder}: {layer}")
+            factor = _scale_of(config, layer, len(A)) / scale
+            layers[layer] = LowRank(A.float(), B.float() * factor)
     return Adapter(layers, dense)
+
+
+def _check_alphas(file: Path, config: Any) -> None:
+    """Refuse a configuration that does not say what stands in front of each product."""
+    if not isinstance(config, dict) or "lora_alpha" not in config:
+        raise ConfigError(f"{file}: there is no lora_alpha; expected what PEFT's LoraConfig saves.")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ConfigError(f"{file}: alpha_pattern: expected a number for each layer's pattern; got {patterns!r}.")
+    for key, value in [("lora_alpha", config["lora_alpha"]), *patterns.items()]:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"{file}: {key}: expected a finite number; got {value!r}.")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"{file}: alpha_pattern: expected regular expressions; got {pattern!r} ({error})."
+            ) from error
+
+
+def _other_factor(key: str) -> str:
+    """What the partner of a layer's factor is called."""
+    layer, _, rest = key.rpartition(".lora_")
+    return f"{layer}.lora_{'B' if rest[0] == 'A' else 'A'}{rest[1:]}"
 
 
 def _flattened(A: Tensor, B: Tensor, where: str) -> tuple[Tensor, Tensor]:
     """The factors of a linear layer as they are, of a convolution in two dimensions each."""
     linear = A.ndim == B.ndim == 2
     convolution = A.ndim == B.ndim == 4 and B.shape[2:] == (1, 1)
-    if not (linear or convolution) or A.shape[0] != B.shape[1]:
+    if not (linear or convolution) or A.shape[0] != B.shape[1] or not A.shape[0]:
         raise ConfigError(
             f"{where}: expected factors of a linear layer, [r, d_in] and [d_out, r], or of a Conv2d with groups=1, "
             f"[r, channels, height, width] and [d_out, r, 1, 1]; got {list(A.shape)} and {list(B.shape)}."

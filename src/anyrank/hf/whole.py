@@ -1,7 +1,6 @@
 """Ordinary models of transformers: adapters merged into them, and what they write."""
 
 import contextlib
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +10,33 @@ import peft
 import torch
 from torch import nn
 
+from anyrank.adapter import MAGNITUDE, Adapter
 from anyrank.errors import ConfigError
+from anyrank.hf.layers import shape_of, unfit
 from anyrank.hf.load import quiet
+from anyrank.paths import replaced
 
-__all__ = ["generate", "merged", "write_whole"]
+__all__ = ["generate", "merged", "unlike", "write_whole"]
+
+
+def unlike(adapter: Adapter, model: nn.Module) -> list[str]:
+    """What of an adapter has no place in a model, one sentence each."""
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    problems = []
+    for name, part in adapter.layers.items():
+        layer = modules.get(name)
+        there = "no such layer" if layer is None or unfit(layer) else _size(shape_of(layer))
+        if there != (own := _size((part.B.shape[0], part.A.shape[1]))):
+            problems.append(f"{name} is {own} in the adapter, and in the model there is {there}")
+    for name, tensor in adapter.dense.items():
+        there = _size(parameters[name].shape) if name in parameters else "no such tensor"
+        if not name.endswith(MAGNITUDE) and there != (own := _size(tensor.shape)):
+            problems.append(f"{name} is {own} in the adapter, and in the model there is {there}")
+    return problems
+
+
+def _size(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def merged(model: nn.Module, adapter: Path) -> nn.Module:
@@ -37,17 +59,14 @@ def write_whole(out: Path, model: Any, processor: Any, beside: Mapping[str, str]
         processor: its tokenizer or image processor.
         beside: content of further files, by name.
     """
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = True  # `load_model` turned it off
-    with _silent():
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-    for name, content in beside.items():
-        (temporary / name).write_text(content, encoding="utf-8")
-    shutil.rmtree(out, ignore_errors=True)
-    temporary.replace(out)
+    with replaced(out) as folder:
+        with _silent():
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+        for name, content in beside.items():
+            (folder / name).write_text(content, encoding="utf-8")
 
 
 @contextlib.contextmanager

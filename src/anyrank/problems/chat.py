@@ -8,7 +8,18 @@ from datasets import Dataset
 from anyrank import data
 from anyrank.errors import ConfigError
 
-__all__ = ["FORMS", "TEMPLATES", "Form", "Segment", "Talk", "conversation", "format_of", "prompt_of", "segments"]
+__all__ = [
+    "FORMS",
+    "INSTEAD",
+    "TEMPLATES",
+    "Form",
+    "Segment",
+    "Talk",
+    "conversation",
+    "format_of",
+    "prompt_of",
+    "segments",
+]
 
 Message = Mapping[str, str]
 
@@ -37,10 +48,11 @@ FORMS: Mapping[str, Form] = {
 }
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 _KNOWN = ("system", "user", "assistant", "tool")
-_INSTEAD = (
+INSTEAD = (
     "remove it from the tokenizer (`tokenizer.chat_template = None`, saved into the model's folder) and name another one "
     "with --set problem.template=chatml."
 )
+"""What to do about a tokenizer whose chat template does not fit."""
 
 
 class Talk(NamedTuple):
@@ -181,15 +193,21 @@ def _text(found: Any, where: str) -> str:
 
 def _messages(found: Any, where: str) -> list[Message]:
     if isinstance(found, Mapping):  # how the library `datasets` has sequences of mappings
-        found = [dict(zip(found, each, strict=True)) for each in zip(*found.values(), strict=True)]
+        columns = [*found.values()]
+        if not all(isinstance(each, list) and len(each) == len(columns[0]) for each in columns):
+            raise ConfigError(
+                f"{where}: expected a list of messages, or a list for each of their fields, all of one length; got "
+                f"{found!r:.200}"
+            )
+        found = [dict(zip(found, each, strict=True)) for each in zip(*columns, strict=True)]
     if not isinstance(found, list):
         raise ConfigError(f"{where}: expected a list of messages, got {found!r:.200}")
     messages = list[Message]()
     for each in found:
         about = each if isinstance(each, Mapping) else {}
         role, content = (_first(about, *names) for names in (("role", "from"), ("content", "value")))
-        if isinstance(content, list) and all(isinstance(part, Mapping) and "text" in part for part in content):
-            content = "".join(part["text"] or "" for part in content)
+        if isinstance(content, list) and all(map(_is_text, content)):
+            content = "".join(part["text"] for part in content)
         role = _ROLES.get(role, role) if isinstance(role, str) else None
         if role not in _KNOWN or not isinstance(content, str | None) or about.get("tool_calls"):
             raise ConfigError(
@@ -198,6 +216,14 @@ def _messages(found: Any, where: str) -> list[Message]:
             )
         messages.append({"role": role, "content": content or ""})
     return messages
+
+
+def _is_text(part: Any) -> bool:
+    """Whether a part of a message is text, and not an image say, to which Parquet gives an empty text."""
+    if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+        return False
+    said = {name for name, value in part.items() if value is not None}
+    return part["type"] == "text" if "type" in said else said == {"text"}
 
 
 def _first(found: Mapping[str, Any], *names: str) -> Any:
@@ -271,7 +297,7 @@ def _by_tokenizer(talk: Talk, tokenizer: Any) -> list[Segment]:
     if not steady or steady[-1] != places[-1]:
         raise ConfigError(
             "problem.template: the chat template of this tokenizer does not put a response behind its prompt, so that what is "
-            f"to be learned cannot be told. To do without it, {_INSTEAD}"
+            f"to be learned cannot be told. To do without it, {INSTEAD}"
         )
     for i in steady:
         parts += [
@@ -294,7 +320,7 @@ def _applied(tokenizer: Any, messages: Sequence[Message], *, add_generation_prom
     except Exception as error:  # jinja's, of which a template can raise any
         raise ConfigError(
             f"problem.template: the tokenizer's chat template does not take a conversation ({error}): {plain!r:.200}. Change "
-            f"such conversations; or, to do without the template, {_INSTEAD}"
+            f"such conversations; or, to do without the template, {INSTEAD}"
         ) from error
 
 

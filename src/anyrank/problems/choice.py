@@ -64,7 +64,7 @@ def multiple_choice(
         lengths=np.asarray(encoded["length"][:]),
         largest=partial(_largest, tokenizer, encoded[0], max_length),
         references={"chance": 1 / len(test[CHOICES][0])},
-        fingerprint=data.fingerprint((train, test), [question, CHOICES, ANSWER]),
+        fingerprint=data.with_tokens(data.fingerprint((train, test), [question, CHOICES, ANSWER]), (encoded, tested)),
         auto_class=auto_class,
         model_arguments=arguments,
         remarks=cut_remarks({"training": cut, "test": cut_in_test}, counts, max_length),

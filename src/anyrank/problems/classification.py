@@ -139,12 +139,25 @@ def _problem(
         largest=largest_batch(train[0], max_length, collate),
         label_names=examples.label_names,
         references=references,
-        fingerprint=examples.fingerprint,
+        fingerprint=data.with_tokens(examples.fingerprint, (train, test)),
         task_type="SEQ_CLS",
         auto_class=auto_class,
         model_arguments=arguments,
-        remarks=[*cut_remarks({"training": cut, "test": cut_in_test}, counts, max_length), *_strangers(examples)],
+        remarks=[
+            *cut_remarks({"training": cut, "test": cut_in_test}, counts, max_length),
+            *_strangers(examples),
+            *_many(examples),
+        ],
     )
+
+
+def _many(examples: Labelled) -> list[str]:
+    """That there are so many classes that the labels are maybe no classes."""
+    rows = len(examples.train)
+    classes = len({*examples.train["label"][:]}) if examples.label_names else 0
+    if classes <= max(2, rows / 2):
+        return []
+    return [f"{classes} classes in {rows} training examples: are these labels classes, and not numbers or names?"]
 
 
 def _strangers(examples: Labelled) -> list[str]:
@@ -173,7 +186,7 @@ def _references(examples: Labelled, metric: Metric) -> dict[str, float]:
     labels = np.asarray(examples.test["label"][:])
     answers = {"word overlap": data.overlap(examples), "majority class": data.majority(examples)}
     return {
-        name: metric.of(Answers(predictions, labels, np.nan))
+        name: metric.value(Answers(predictions, labels, np.nan))
         for name, predictions in answers.items()
         if predictions is not None
     }

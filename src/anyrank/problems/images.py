@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score
 from torch import Tensor
 
 from anyrank.data import Parts, absent_columns, lacks_labels
-from anyrank.data.images import Images, pillow
+from anyrank.data.images import Depth, Images, pillow
 from anyrank.errors import ConfigError
 from anyrank.paths import expanded
 from anyrank.plain import PLAIN
@@ -52,8 +52,10 @@ def image_classification(given: Given, *, image: str = "image", label: str = "la
         for part, where, folder in zip((train, test), ("training data", "test data"), _folders(given), strict=True)
     ]
     labels = [np.asarray(part["label"][:]) for part in (train, test)]
-    fingerprint = _fingerprint(images, labels, label_names)  # also finds what is no image, before a model is loaded
-    prepare = _plain if given.base.name in PLAIN else _pretrained
+    plain = given.base.name in PLAIN
+    prepare = _plain if plain else _pretrained
+    # Also finds what is no image, before a model is loaded; our own models decode all of them in any case.
+    fingerprint = _fingerprint(images, labels, label_names, depth="header" if plain else "coarse")
     majority = np.bincount(labels[0]).argmax()
     return Problem(
         objective=IMAGES,
@@ -187,10 +189,12 @@ def _is_simple(data: Dataset, column: str) -> bool:
     return isinstance(kind, ClassLabel) or (isinstance(kind, Value) and "binary" not in kind.dtype)
 
 
-def _fingerprint(images: Sequence[Images], labels: Sequence[np.ndarray], label_names: Sequence[str]) -> str:
+def _fingerprint(
+    images: Sequence[Images], labels: Sequence[np.ndarray], label_names: Sequence[str], *, depth: Depth
+) -> str:
     digest = hashlib.sha256(json.dumps(list(label_names)).encode())
     for part, own in zip(images, labels, strict=True):
         digest.update(b"\n")
-        for content, number in zip(part.contents(), own, strict=True):
+        for content, number in zip(part.contents(depth), own, strict=True):
             digest.update(f"{len(content)} {number}\n".encode() + content)
     return digest.hexdigest()

@@ -12,7 +12,7 @@ from datasets import Dataset
 from anyrank import data, hf
 from anyrank.errors import ConfigError
 from anyrank.problem import Problem
-from anyrank.problems.chat import FORMS, TEMPLATES, Form, Segment, conversation, format_of, segments
+from anyrank.problems.chat import FORMS, INSTEAD, TEMPLATES, Form, Segment, conversation, format_of, segments
 from anyrank.problems.given import Given, by_length, without
 from anyrank.problems.language import CAUSAL, LANGUAGE
 from anyrank.problems.texts import (
@@ -76,10 +76,12 @@ def instruction(
     for part, of in ((kept, "training"), (tested, "test")):
         if not len(part.examples):
             why = "; ".join(part.remarks(of, max_length)) or "there are none"
-            raise ConfigError(f"problem: none of the {of} examples can be used: {why}.")
+            instead = f" To do without the template, {INSTEAD}" if part.unsaid else ""
+            raise ConfigError(f"problem: none of the {of} examples can be used: {why}.{instead}")
     collate, lengths = padding(tokenizer), np.asarray(kept.examples["length"][:])
     table = without(train.select(kept.rows), ROW, *form.columns(columns))
     content = [[name for name in form.columns(columns) if name in part.column_names] for part in (train, test)]
+    said = data.fingerprint([train], content[0], [data.fingerprint([test], content[1])])
     remarks = [*kept.remarks("training", max_length), *tested.remarks("test", max_length)]
     if template and tokenizer.chat_template and not kept.literal:
         remarks.append(f"problem.template = {template} is not used: the tokenizer has a chat template of its own")
@@ -92,7 +94,7 @@ def instruction(
         columns=table or {"row": kept.rows},
         lengths=lengths,
         largest=largest_batch(kept.examples[int(lengths.argmax())], max_length, collate),
-        fingerprint=data.fingerprint([train], content[0], [data.fingerprint([test], content[1])]),
+        fingerprint=data.with_tokens(said, (kept.examples, tested.examples)),
         task_type="CAUSAL_LM",
         auto_class=CAUSAL,
         form="messages" if form_name == "prompt" and not kept.literal else form_name,
@@ -125,6 +127,7 @@ class _Encoded(NamedTuple):
         asked: what comes before the last response, and this response; of examples that are not cut.
         of: how many rows there were.
         empty: rows without a response.
+        unsaid: rows with a response of which the tokenizer's chat template writes nothing.
         long: rows that are longer than they may be.
         cut: how many of these were cut, and not left out.
         literal: there are conversations that are not put into a template.
@@ -135,6 +138,7 @@ class _Encoded(NamedTuple):
     asked: list[tuple[Segment, str]]
     of: int
     empty: int
+    unsaid: int
     long: int
     cut: int
     literal: bool
@@ -144,6 +148,11 @@ class _Encoded(NamedTuple):
         remarks, lost = [], self.long - self.cut
         if self.empty:
             remarks.append(f"{self.empty} of {self.of} {part} examples have no response and are left out")
+        if self.unsaid:
+            remarks.append(
+                f"the chat template of the tokenizer writes nothing of the responses of {self.unsaid} of {self.of} {part} "
+                "examples, which are left out"
+            )
         if self.long:
             done = [f"{self.cut} are cut there"] if self.cut else []
             done += [f"{lost} left out, {len(self.rows)} remain"] if lost else []
@@ -169,13 +178,14 @@ def _encoded(
     spoken = [segments(talk, tokenizer, template) if talk else [] for talk in talks]
     tokens = tokens_and_ends(tokenizer, ["".join(segment.text for segment in each) for each in spoken])
     begin = opening(tokenizer)
-    ids, labels, rows, asked, empty, long, cut_there = [], [], [], [], 0, 0, 0
+    ids, labels, rows, asked, empty, unsaid, long, cut_there = [], [], [], [], 0, 0, 0, 0
     for row, (talk, each, (text, ends)) in enumerate(zip(talks, spoken, tokens, strict=True)):
         own = _labels(each, text, ends, tokenizer.eos_token_id)
         if each and not each[0].templated:  # a chat template writes its own
             text, own = [*begin, *text], [*[IGNORED] * len(begin), *own]
         if talk is None or not _has_targets(own):
-            empty += 1
+            by_tokenizer = talk is not None and each[0].templated
+            unsaid, empty = unsaid + by_tokenizer, empty + (not by_tokenizer)
             continue
         if len(text) > max_length:
             long += 1
@@ -191,7 +201,7 @@ def _encoded(
     lengths = [len(text) for text in ids]
     table = {"input_ids": ids, "attention_mask": [[1] * n for n in lengths], "labels": labels, "length": lengths}
     literal = any(talk is not None and talk.literal for talk in talks)
-    return _Encoded(Dataset.from_dict(table), rows, asked, len(part), empty, long, cut_there, literal)
+    return _Encoded(Dataset.from_dict(table), rows, asked, len(part), empty, unsaid, long, cut_there, literal)
 
 
 def _labels(spoken: Sequence[Segment], ids: Sequence[int], ends: Sequence[int], end_of_text: int | None) -> list[int]:

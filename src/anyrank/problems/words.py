@@ -72,11 +72,11 @@ def token_classification(
         test=by_length(tested),
         objective=WORDS,
         collate=collate,
-        columns=without(train, words, label),
+        columns=without(train, words, label, "label"),  # another column of that name says nothing about these classes
         lengths=np.asarray(encoded["length"][:]),
         largest=largest_batch(encoded[0], max_length, collate),
         label_names=names,
-        fingerprint=data.fingerprint((train, test), [words, label], [names]),
+        fingerprint=data.with_tokens(data.fingerprint((train, test), [words, label], [names]), (encoded, tested)),
         task_type="TOKEN_CLS",
         auto_class=auto_class,
         model_arguments=arguments,
