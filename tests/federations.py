@@ -108,20 +108,19 @@ def state_of(method: Method, setup: Setup, dtype=torch.float32) -> State:
     """
     state = method.init(spec_of(setup))
     drawn = random_adapter(state.spec, state.adapter.ranks, "server", dtype=dtype)
+    if method.claims.folds:
+        one = {layer.name: 1 for layer in state.spec.layers}
+        state = state.with_fold(random_adapter(state.spec, one, "fold", dtype=dtype).layers)
     down = method.assign(state, devices_of(setup))[0].down
+    known = method.dispatch(state, Plan("server", state.adapter.ranks, steps=1)).layers
     layers = {
         name: LowRank(
-            part.A if "A" in down else state.adapter.layers[name].A.to(dtype),
-            part.B if "B" in down else state.adapter.layers[name].B.to(dtype),
+            part.A if "A" in down else known[name].A.to(dtype), part.B if "B" in down else known[name].B.to(dtype)
         )
         for name, part in drawn.layers.items()
     }
     further = {name: t.to(dtype) for name, t in state.adapter.dense.items() if name not in drawn.dense}
-    state = state.with_adapter(Adapter(layers, {**drawn.dense, **further}))
-    if method.claims.folds:
-        one = {layer.name: 1 for layer in state.spec.layers}
-        state = state.with_fold(random_adapter(state.spec, one, "fold", dtype=dtype).layers)
-    return state
+    return state.with_adapter(Adapter(layers, {**drawn.dense, **further}))
 
 
 def tasks_of(method: Method, setup: Setup, state: State) -> list[Task]:

@@ -415,7 +415,11 @@ def _replies(
     asked = own or [(progress.state, devices)]
     plans = ((state, plan) for state, some in asked for plan in federation.method.assign(state, some))
     while some := list(islice(plans, _TOGETHER)):
-        tasks = [make_task(federation.method, state, plan, kind=kind) for state, plan in some]
+        held = [progress.fleet[plan.client].folds for _, plan in some]
+        tasks = [
+            make_task(federation.method, state, plan, kind=kind, held=number)
+            for (state, plan), number in zip(some, held, strict=True)
+        ]
         yield from (reply for reply in federation.transport.run(tasks) if isinstance(reply, Update))
 
 

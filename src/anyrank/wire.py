@@ -29,7 +29,9 @@ __all__ = [
     "decode",
     "encode",
     "nbytes",
+    "pack",
     "product_norms",
+    "unpack",
 ]
 
 _UNREADABLE = (
@@ -45,10 +47,11 @@ _UNREADABLE = (
 
 def encode(adapters: Mapping[str, Adapter], header: Mapping[str, Any]) -> bytes:
     """Pack named adapters and a JSON-serialisable header."""
-    return _pack({group: adapter.tensors() for group, adapter in adapters.items()}, header)
+    return pack({group: adapter.tensors() for group, adapter in adapters.items()}, header)
 
 
-def _pack(groups: Mapping[str, Mapping[str, torch.Tensor]], header: Mapping[str, Any]) -> bytes:
+def pack(groups: Mapping[str, Mapping[str, torch.Tensor]], header: Mapping[str, Any]) -> bytes:
+    """Pack named groups of named tensors and a JSON-serialisable header."""
     # A copy of each, since safetensors refuses tensors that share memory, such as an adapter and its prefix.
     flat = {
         f"{group}:{name}": tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -65,17 +68,31 @@ def decode(packed: bytes) -> tuple[dict[str, Adapter], dict[str, Any]]:
     Raises:
         RecordError: the bytes are truncated or were not made by `encode`.
     """
+    groups, header = unpack(packed)
+    try:
+        return {group: Adapter.from_tensors(tensors) for group, tensors in groups.items()}, header
+    except _UNREADABLE as error:
+        raise _incomplete(error) from error
+
+
+def unpack(packed: bytes) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    """The named groups of tensors that `pack` packed, and the header.
+
+    Raises:
+        RecordError: the bytes are truncated or were not made by `pack`.
+    """
     try:
         length = int.from_bytes(packed[:8], "little")
         content = json.loads(json.loads(packed[8 : 8 + length])["__metadata__"]["anyrank"])
         flat = load(packed)
-        adapters = {
-            group: Adapter.from_tensors({name: flat[f"{group}:{name}"] for name in names})
-            for group, names in content["order"].items()
-        }
-        return adapters, content["header"]
+        groups = {group: {name: flat[f"{group}:{name}"] for name in names} for group, names in content["order"].items()}
+        return groups, dict(content["header"])
     except _UNREADABLE as error:
-        raise RecordError(f"not a complete anyrank file ({type(error).__name__}: {error})") from error
+        raise _incomplete(error) from error
+
+
+def _incomplete(error: Exception) -> RecordError:
+    return RecordError(f"not a complete anyrank file ({type(error).__name__}: {error})")
 
 
 def nbytes(adapter: Adapter, factors: Factors = "AB") -> int:
@@ -89,7 +106,7 @@ def nbytes(adapter: Adapter, factors: Factors = "AB") -> int:
 def _packed_size(outline: tuple[tuple[str, torch.Size, torch.dtype], ...]) -> int:
     """Size of a message with tensors of these names, shapes and dtypes: whatever they hold, it is the same."""
     tensors = {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in outline}
-    return len(_pack({"adapter": tensors}, {}))
+    return len(pack({"adapter": tensors}, {}))
 
 
 def bytes_down(task: Task) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from anyrank import lowrank
-from anyrank.adapter import LowRank
+from anyrank.adapter import Adapter, LowRank
 from anyrank.federation import Device, Inbox, Method, Plan, Spec, State
 from anyrank.methods.zero_padding import zero_padding
 from anyrank.seeding import generator
@@ -36,6 +36,11 @@ def flora() -> Method:
 
     def assign(state: State, devices: Sequence[Device]) -> list[Plan]:
         return [replace(plan, down="") for plan in baseline.assign(state, devices)]
+
+    def dispatch(state: State, plan: Plan) -> Adapter:
+        if state.folds and state.notes.get("drawn") != state.folds[-1].number:  # a client's, who only knows the folds
+            state = _afresh(state)
+        return baseline.dispatch(state, plan)
 
     def aggregate(state: State, inbox: Inbox, weights: Sequence[float]) -> State:
         return restarted(
@@ -58,16 +63,20 @@ def flora() -> Method:
         topologies=("star",),
         needs="folds are numbered by one server",
     )
-    return baseline._replace(init=init, assign=assign, aggregate=aggregate, claims=claims)
+    return baseline._replace(init=init, assign=assign, dispatch=dispatch, aggregate=aggregate, claims=claims)
 
 
 def restarted(state: State, layers: Mapping[str, LowRank]) -> State:
     """The state with these products in the base model, and a fresh adapter in each of their layers."""
-    folded = state.with_fold(layers)
-    fresh = {}
-    for layer in layers:
-        rng = generator(state.spec.seed, "restart", folded.folds[-1].number, layer)
+    return _afresh(state.with_fold(layers))
+
+
+def _afresh(state: State) -> State:
+    """The state with the adapter that everyone draws after its last fold."""
+    fold, fresh = state.folds[-1], {}
+    for layer in fold.adapter.layers:
+        rng = generator(state.spec.seed, "restart", fold.number, layer)
         before = state.adapter.layers[layer]
         part = lowrank.fresh(before.rank, d_in=before.A.shape[1], d_out=before.B.shape[0], rng=rng)
         fresh[layer] = part.map(lambda tensor, like=before.A: tensor.to(like))
-    return folded.with_layers(fresh)
+    return state.with_layers(fresh).with_notes(drawn=fold.number)
