@@ -92,7 +92,9 @@ def test_digits_that_count(value, text):
     assert number(value) == text
 
 
-@pytest.mark.parametrize(("score", "text"), [(12.314, "perplexity   12.31  loss"), (None, "perplexity          loss")])
+@pytest.mark.parametrize(
+    ("score", "text"), [(12.314, "perplexity   12.31  train loss"), (None, "perplexity          train loss")]
+)
 def test_the_line_of_a_round_names_the_metric(score, text):
     observer = LiveObserver(Console(file=StringIO(), width=160))
     observer._metric = "perplexity"

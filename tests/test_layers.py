@@ -22,7 +22,7 @@ ROWS = [
     "transport topology",
     "client",
     "fused prefix",
-    "train methods memory spool",
+    "train methods memory spool messages",
     "hf allocate local wire config",
     "device clock pretrained data problem footprint",
     "federation",

@@ -28,7 +28,7 @@ from anyrank.device import compute_seconds, memory_bytes, undisturbed
 from anyrank.engine import Evaluation, Federation, Progress, begin, rounds
 from anyrank.errors import ConfigError, RecordError, RoundFailed
 from anyrank.federation import Device, Failure, Plan, Update, make_task
-from anyrank.job import CHOICES, Job, learner, load_recipe, prepare, with_baseline
+from anyrank.job import CHOICES, Job, Simulation, learner, load_recipe, prepare, with_baseline
 from anyrank.memory import Memory
 from anyrank.prefix import Prefix, possible
 from anyrank.probe import as_toml
@@ -187,11 +187,11 @@ def _extended(folder: RunFolder, overrides: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def _check_same(job: Job, folder: RunFolder) -> None:
+def _check_same(job: Simulation, folder: RunFolder) -> None:
     base, then, now = folder.info["base_hash"], folder.info["data"]["fingerprint"], job.problem.fingerprint
-    if base != job.base_hash:
+    if base != job.outline.base_hash:
         raise RecordError(
-            f"{folder.path} was started on another base model: SHA-256 {base[:12]}, now {job.base_hash[:12]}. "
+            f"{folder.path} was started on another base model: SHA-256 {base[:12]}, now {job.outline.base_hash[:12]}. "
             f"Bring {folder.info['base']} back as it was, or start a new run."
         )
     if then != now:
@@ -203,7 +203,7 @@ def _check_same(job: Job, folder: RunFolder) -> None:
         raise RecordError(f"{folder.path}: the fleet is not the one the run was started with.")
 
 
-def _play(job: Job, folder: RunFolder, observer: Observer) -> None:
+def _play(job: Simulation, folder: RunFolder, observer: Observer) -> None:
     try:
         _play_rounds(job, folder, observer)
     except BaseException:
@@ -212,7 +212,7 @@ def _play(job: Job, folder: RunFolder, observer: Observer) -> None:
     observer.ended(complete=True)
 
 
-def _play_rounds(job: Job, folder: RunFolder, observer: Observer) -> None:
+def _play_rounds(job: Simulation, folder: RunFolder, observer: Observer) -> None:
     progress = folder.load(job.spec, job.cohort.fleet, target=job.recipe.evaluate.target)
     with _reproducible(job.recipe.compute.threads or 1), _transport(job, folder, observer) as transport:
         federation = _federation(job, folder, transport, observer)
@@ -231,7 +231,7 @@ def _play_rounds(job: Job, folder: RunFolder, observer: Observer) -> None:
 
 
 @contextlib.contextmanager
-def _transport(job: Job, folder: RunFolder, observer: Observer) -> Iterator[Transport]:
+def _transport(job: Simulation, folder: RunFolder, observer: Observer) -> Iterator[Transport]:
     """The clients: in this process, or in others that are forked from it before its model goes to a GPU."""
     compute, where = job.recipe.compute, devices()
     inner = InProcess(
@@ -260,7 +260,7 @@ def _transport(job: Job, folder: RunFolder, observer: Observer) -> Iterator[Tran
         yield transport
 
 
-def _prefix(job: Job, folder: RunFolder, observer: Observer) -> Prefix | None:
+def _prefix(job: Simulation, folder: RunFolder, observer: Observer) -> Prefix | None:
     """What clients keep of passes through blocks in which they apply nothing, where there can be such blocks."""
     compute, on_cpu = job.recipe.compute, devices()[0].type == "cpu"
     chosen = (
@@ -288,7 +288,7 @@ def _prefix(job: Job, folder: RunFolder, observer: Observer) -> Prefix | None:
     return prefix
 
 
-def _federation(job: Job, folder: RunFolder, transport: Transport, observer: Observer) -> Federation:
+def _federation(job: Simulation, folder: RunFolder, transport: Transport, observer: Observer) -> Federation:
     recipe = job.recipe
     return Federation(
         method=job.method,
@@ -307,7 +307,7 @@ def _federation(job: Job, folder: RunFolder, transport: Transport, observer: Obs
     )
 
 
-def _score(job: Job, adapter: Adapter, at_end: bool) -> Score:
+def _score(job: Simulation, adapter: Adapter, at_end: bool) -> Score:
     """How an adapter does on the server's test set."""
     score = evaluate(job.model, adapter, job.problem.test, training=job.training)
     return replace(score, metrics={**score.metrics, **job.problem.at_end(job.model)}) if at_end else score
@@ -333,7 +333,7 @@ def _reproducible(threads: int) -> Iterator[None]:
         torch.set_num_threads(before[1])
 
 
-def _compare(job: Job, folder: RunFolder, observer: Observer) -> None:
+def _compare(job: Simulation, folder: RunFolder, observer: Observer) -> None:
     """Play the baselines that the recipe compares with, each in a run folder of its own; a baseline is not compared."""
     if job.recipe.baseline:
         return
@@ -349,7 +349,7 @@ def _compare(job: Job, folder: RunFolder, observer: Observer) -> None:
         write_card(folder)
 
 
-def _nested(out: Path, job: Job) -> RunFolder | None:
+def _nested(out: Path, job: Simulation) -> RunFolder | None:
     """The baseline's run folder, if it was begun; one from before the run was extended is removed."""
     if (out / "run.json").exists():
         folder = RunFolder.open(out)
@@ -362,8 +362,8 @@ def _nested(out: Path, job: Job) -> RunFolder | None:
 # --- what is written down -----------------------------------------------------------------------------------------
 
 
-def _info(job: Job, command: str) -> dict[str, Any]:
-    metric = job.problem.objective.metric
+def _info(job: Simulation, command: str) -> dict[str, Any]:
+    outline = job.outline
     return {
         "anyrank": importlib.metadata.version("anyrank"),
         "command": command,
@@ -379,28 +379,28 @@ def _info(job: Job, command: str) -> dict[str, Any]:
             "threads": job.recipe.compute.threads,
         },
         "commit": _commit(),
-        "base": job.base.name,
-        "base_hash": job.base_hash,
+        "base": outline.base,
+        "base_hash": outline.base_hash,
         "data": {
             "fingerprint": job.problem.fingerprint,
             "train": len(job.problem.train),
             "test": len(job.problem.test),
-            "label_names": list(job.problem.label_names),
+            "label_names": outline.label_names,
         },
-        "metric": {"name": metric.name, "higher_is_better": metric.higher_is_better},
+        "metric": {"name": outline.metric, "higher_is_better": outline.higher_is_better},
         "references": {"before training": _before(job), **job.problem.references},
         "remarks": job.remarks,
         "fleet": _described(job.cohort.fleet),
-        "modules_to_save": job.model.modules_to_save,
-        "patches": {name: list(patch) for name, patch in job.model.patches.items()},
-        "task_type": job.problem.task_type,
-        "auto_class": job.problem.auto_class,
-        "model_arguments": job.problem.model_arguments,
-        "form": job.problem.form,
+        "modules_to_save": outline.modules_to_save,
+        "patches": outline.patches,
+        "task_type": outline.task_type,
+        "auto_class": outline.auto_class,
+        "model_arguments": outline.model_arguments,
+        "form": outline.form,
     }
 
 
-def _before(job: Job) -> float:
+def _before(job: Simulation) -> float:
     """What the model reaches that training starts from."""
     with _reproducible(job.recipe.compute.threads or 1):
         return _score(job, job.spec.start, False).metrics[job.problem.objective.metric.name]

@@ -193,12 +193,13 @@ def _loading(base: str, auto_class: str | None, num_labels: int | None) -> str:
 model = PeftModel.from_pretrained(base, "path/to/this/folder")  # base: the model that the run was given""",
         )
     head = "" if num_labels is None else f", num_labels={num_labels}"
+    folder = "" if "/" in base else "  # the folder of the base model"
     return _fenced(
         "python",
         f"""from peft import PeftModel
 from transformers import {auto_class}
 
-base = {auto_class}.from_pretrained("{base}"{head})
+base = {auto_class}.from_pretrained("{base}"{head}){folder}
 model = PeftModel.from_pretrained(base, "path/to/this/folder").eval()""",
     )
 

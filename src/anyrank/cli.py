@@ -44,6 +44,15 @@ Settings = Annotated[
 ]
 
 
+Data = Annotated[
+    str | None, typer.Option(help="Your own examples, without a recipe: a file, a folder, or a name on the hub.")
+]
+Model = Annotated[str | None, typer.Option(help="The base model, beside --data or in place of the recipe's.")]
+Rank = Annotated[
+    str | None, typer.Option(help="One rank for all devices, or auto: the largest that each device affords.")
+]
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option(help="Show tracebacks of errors.")] = False,
@@ -61,15 +70,9 @@ def run(
     settings: Settings = [],  # noqa: B006 - typer copies it
     out: Annotated[Path | None, typer.Option(help="The run folder; by default the next free one in runs/.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Continue the run in this folder.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Your own examples, without a recipe: a file, a folder, or a name on the hub.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The base model, beside --data or in place of the recipe's.")
-    ] = None,
-    rank: Annotated[
-        str | None, typer.Option(help="One rank for all devices, or auto: the largest that each device affords.")
-    ] = None,
+    data: Data = None,
+    model: Model = None,
+    rank: Rank = None,
 ) -> None:
     """Fine-tune a model across devices of different ranks."""
     if resume and (recipe or out or data or model or rank):
@@ -130,14 +133,16 @@ def _next_free(name: str) -> Path:
 def check(
     recipe: RecipeFile = None,
     settings: Settings = [],  # noqa: B006
-    rank: Annotated[str | None, typer.Option(help="As with `anyrank run`.")] = None,
+    data: Data = None,
+    model: Model = None,
+    rank: Rank = None,
 ) -> None:
     """Show what a recipe asks of each device class, without training."""
     from anyrank import api
     from anyrank.display import demand_table
 
-    demands, remarks = api.check(_loaded(recipe, settings, None, None, rank))
-    console.print(demand_table(demands, recipe or "embedded default"))
+    demands, remarks = api.check(_loaded(recipe, settings, data, model, rank))
+    console.print(demand_table(demands, recipe or data or "embedded default"))
     for remark in remarks:
         console.print(f"note: {remark}")
 
@@ -200,12 +205,14 @@ def report(
 def probe(
     recipe: RecipeFile = None,
     settings: Settings = [],  # noqa: B006
+    data: Data = None,
+    model: Model = None,
     name: Annotated[str, typer.Option(help="What recipes are to call the device.")] = "this-machine",
 ) -> None:
     """Measure this machine with a recipe's model, as a device profile for recipes."""
     from anyrank import api
 
-    typer.echo(api.probe(api.load_recipe(recipe, settings), name), nl=False)
+    typer.echo(api.probe(_loaded(recipe, settings, data, model, None), name), nl=False)
 
 
 Finished = Annotated[

@@ -67,7 +67,7 @@ class LiveObserver(Observer):
         ranks = ", ".join(str(level) for level in job.spec.levels)
         source = f" of {job.recipe.data.source}" if job.recipe.data.source else ""
         self._print(
-            f"{what}: {job.base.name} on {len(job.problem.train)} examples{source}, "
+            f"{what}: {job.outline.base} on {folder.info['data']['train']} examples{source}, "
             f"{len(cohort.fleet)} client{'s' * (len(cohort.fleet) > 1)} "
             f"({cohort.per_round} a round), rank{'s' * (len(job.spec.levels) > 1)} {ranks}",
             style="bold",
@@ -100,7 +100,7 @@ class LiveObserver(Observer):
         self._bar.update(self._task, completed=self._round * self._per_round)
         score = "" if record["score"] is None else number(record["score"])
         self._print(
-            f"round {record['round']:>3}/{self._rounds}  {self._metric} {score:>7}  loss {record['train_loss']:.4f}  "
+            f"round {record['round']:>3}/{self._rounds}  {self._metric} {score:>7}  train loss {record['train_loss']:.4f}  "
             f"down {megabytes(record['bytes_down'])}  up {megabytes(record['bytes_up'])}  "
             f"clock {duration(record['simulated_seconds'])}"
         )
@@ -204,8 +204,9 @@ def _classes(folder: RunFolder, records: Sequence[Mapping[str, Any]]) -> Table:
 def demand_table(demands: Sequence[Demand], source: Path | str) -> Table:
     """What a round asks of each device class."""
     table = Table(
-        "device class", "clients", "rank", "trainable", "memory", "down/up", "steps", "seconds",
-        title=f"{source}: the busiest client of each class, per round (simulated)", title_justify="left", box=box.SIMPLE,
+        "device\nclass", "clients", "rank", "trainable", "memory, GB\nneeded/there", "down/up,\nMB", "steps", "seconds",
+        title=f"{source}: the busiest client of each class, per round (simulated)", title_justify="left",
+        box=box.SIMPLE, padding=(0, 1, 0, 0),
     )  # fmt: skip
     for d in demands:
         table.add_row(
@@ -213,8 +214,8 @@ def demand_table(demands: Sequence[Demand], source: Path | str) -> Table:
             str(d.clients),
             str(d.rank),
             f"{d.trainable:,}",
-            f"{d.memory_bytes / 1e9:.2f}/{d.available_bytes / 1e9:.0f} GB",
-            f"{d.bytes_down / 1e6:.1f}/{d.bytes_up / 1e6:.1f} MB",
+            f"{d.memory_bytes / 1e9:.2f}/{d.available_bytes / 1e9:.0f}",
+            f"{d.bytes_down / 1e6:.1f}/{d.bytes_up / 1e6:.1f}",
             str(d.steps),
             f"{d.seconds:.1f}",
         )

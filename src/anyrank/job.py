@@ -39,6 +39,8 @@ __all__ = [
     "QUICKSTART",
     "Job",
     "Learner",
+    "Outline",
+    "Simulation",
     "content_hash",
     "learner",
     "load_recipe",
@@ -57,17 +59,45 @@ CHOICES: Choices = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """What is learned, as it is told to whoever has neither model nor data, and as it is written down.
+
+    Args:
+        base: name of the base model.
+        base_hash: of its weights, SHA-256 (hex).
+        metric: name of what a run is judged by.
+        higher_is_better: or else lower is.
+        label_names: class names in label order, where there are classes.
+        modules_to_save: what is trained whole.
+        patches: of layers that are convolutions, see `AdaptedModel.patches`.
+        task_type: PEFT's name for what the model does, if it has one.
+        auto_class: the class of transformers that loads such a model, if one does.
+        model_arguments: what that class is told beside the model's name.
+        form: of conversations.
+    """
+
+    base: str
+    base_hash: str
+    metric: str
+    higher_is_better: bool
+    label_names: Sequence[str]
+    modules_to_save: Sequence[str]
+    patches: Mapping[str, Sequence[int]]
+    task_type: str | None
+    auto_class: str | None
+    model_arguments: Mapping[str, Any]
+    form: str | None
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A recipe with everything it names loaded and checked.
+    """A recipe with everything that the server needs of what it names.
 
     Args:
         recipe: the resolved recipe.
-        base: where the base model is.
-        problem: what is learned.
-        model: the base model with LoRA injected.
-        base_hash: of the base model's weights, SHA-256 (hex).
-        training: how clients train.
+        outline: what is learned.
+        local: how clients train.
         cohort: who takes part.
         spec: the run's constants.
         method: the method, with proximal term and server optimizer around it.
@@ -75,11 +105,8 @@ class Job:
     """
 
     recipe: Recipe
-    base: Pretrained
-    problem: Problem
-    model: AdaptedModel
-    base_hash: str
-    training: Training
+    outline: Outline
+    local: Local
     cohort: Cohort
     spec: Spec
     method: Method
@@ -105,16 +132,14 @@ class Job:
         """What is allowed but worth knowing."""
         levels, narrow = self.spec.levels, min(min(layer.d_in, layer.d_out) for layer in self.spec.layers)
         largest = self.largest_rank
-        remarks = list(self.problem.remarks)
+        remarks = list[str]()
         if largest > narrow:
             remarks.append(f"rank {largest} is above {narrow}, the smaller side of a layer: some slots are redundant")
-        if not self.training.local.has_factors:
+        if not self.local.has_factors:
             remarks.append("clients train no factors: every layer's rank is 0, and ranks in the recipe are not used")
         elif not self.method.claims.mixed_ranks and len(levels) > 1:
             which = "the smallest" if largest == levels[0] else "the largest"
             remarks.append(f"{self.cohort.method} has no mixed ranks: everyone trains at rank {largest}, {which}")
-        if apart := why_apart(self.model, self.training.local):
-            remarks.append(f"clients do not share passes, they train one after another: {apart}")
         remarks += self._shallow()
         idle = self.cohort.fleet.keys() - {plan.client for plan in self.plans}
         if idle:
@@ -126,7 +151,7 @@ class Job:
 
     def _shallow(self) -> list[str]:
         """Who cannot train all blocks, where ranks are chosen by what devices afford."""
-        if self.recipe.ranks["name"] != "auto" or not self.training.local.has_factors:
+        if self.recipe.ranks["name"] != "auto" or not self.local.has_factors:
             return []
         settings, deepest = _arguments(self.recipe.ranks), len(self.spec.blocks)
         depths = [affordable(self.spec, device, **settings)[1] for device in self.cohort.fleet.values()]
@@ -139,6 +164,30 @@ class Job:
             if shallow
             else []
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Simulation(Job):
+    """A job with the clients' side of it: everything is loaded and checked.
+
+    Args:
+        base: where the base model is.
+        problem: what is learned.
+        model: the base model with LoRA injected.
+        training: how clients train.
+    """
+
+    base: Pretrained
+    problem: Problem
+    model: AdaptedModel
+    training: Training
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is allowed but worth knowing."""
+        apart = why_apart(self.model, self.local)
+        alone = [f"clients do not share passes, they train one after another: {apart}"] if apart else []
+        return [*self.problem.remarks, *super().remarks, *alone]
 
 
 def load_recipe(
@@ -184,6 +233,29 @@ class Learner(NamedTuple):
     passes: int
     cost: ModelCost
 
+    @property
+    def outline(self) -> Outline:
+        """What is learned, as it is told."""
+        problem, metric = self.problem, self.problem.objective.metric
+        return Outline(
+            base=self.base.name,
+            base_hash=self.base_hash,
+            metric=metric.name,
+            higher_is_better=metric.higher_is_better,
+            label_names=list(problem.label_names),
+            modules_to_save=self.model.modules_to_save,
+            patches={name: list(patch) for name, patch in self.model.patches.items()},
+            task_type=problem.task_type,
+            auto_class=problem.auto_class,
+            model_arguments=problem.model_arguments,
+            form=problem.form,
+        )
+
+    def spec(self, *, scale: float, seed: int, levels: tuple[int, ...] = ()) -> Spec:
+        """The run's constants."""
+        layers = self.training.local.layers(self.model.layers)
+        return Spec(layers, levels, scale, seed, self.start, self.cost)
+
 
 def learner(recipe: Recipe, problem: Problem | None = None) -> Learner:
     """Load model and data.
@@ -225,7 +297,7 @@ def learner(recipe: Recipe, problem: Problem | None = None) -> Learner:
     return Learner(base, problem, model, base_hash, start, training, batch, passes, cost)
 
 
-def prepare(recipe: Recipe, problem: Problem | None = None) -> Job:
+def prepare(recipe: Recipe, problem: Problem | None = None) -> Simulation:
     """Load model and data, deal out clients, devices and ranks.
 
     Args:
@@ -239,7 +311,7 @@ def prepare(recipe: Recipe, problem: Problem | None = None) -> Job:
     problem, model, training, cost = loaded.problem, loaded.model, loaded.training, loaded.cost
     shards = _partition(recipe, _columns(problem))
     local = training.local
-    spec = Spec(local.layers(model.layers), (), recipe.lora.scale, recipe.seed, loaded.start, cost)
+    spec = loaded.spec(scale=recipe.lora.scale, seed=recipe.seed)
     cohort = _cohort(recipe, _fleet(recipe, problem, shards, spec), shards)
     method = _method(recipe, cohort)
     compute = settled(
@@ -255,12 +327,13 @@ def prepare(recipe: Recipe, problem: Problem | None = None) -> Job:
         clients=cohort.per_round,
         apart=bool(why_apart(model, local)),
     )
-    job = Job(
+    job = Simulation(
         recipe=recipe.model_copy(update={"compute": compute}),
+        outline=loaded.outline,
+        local=local,
         base=loaded.base,
         problem=problem,
         model=model,
-        base_hash=loaded.base_hash,
         training=training,
         cohort=cohort,
         spec=replace(spec, levels=tuple(sorted({device.rank for device in cohort.fleet.values()}))),
@@ -588,7 +661,7 @@ def _check_ranks(job: Job) -> None:
         raise ConfigError(sentences)
 
 
-def with_baseline(job: Job, baseline: Baseline, examples: int) -> Job:
+def with_baseline(job: Simulation, baseline: Baseline, examples: int) -> Simulation:
     """The same model and data, with a baseline in place of the method; it is not compared any further.
 
     Args:

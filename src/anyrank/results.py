@@ -106,15 +106,15 @@ def save_results(job: Job, folder: RunFolder, progress: Progress) -> None:
     `adapter/` is the global one, `classes/rank-R/` what a client of that rank is sent, where there are several, and
     `clients/CLIENT/` each client's own: of methods that have no global one, or where the recipe asks for it.
     """
-    spread, save = job.training.local.spread, job.recipe.save
+    spread, save, base = job.local.spread, job.recipe.save, Pretrained(job.outline.base, job.outline.base)
     whole = not job.method.claims.personal
     if whole:
-        _save(folder, folder.path / "adapter", spread(progress.state.whole), job.base)
+        _save(folder, folder.path / "adapter", spread(progress.state.whole), base)
         for rank, adapter in _of_classes(job, progress) if save.classes and not progress.peers else ():
-            _save(folder, folder.path / "classes" / f"rank-{rank}", spread(adapter), job.base, scored=str(rank))
+            _save(folder, folder.path / "classes" / f"rank-{rank}", spread(adapter), base, scored=str(rank))
     if not whole or save.clients:
         for client, adapter in _of_clients(job, folder, progress):
-            _save(folder, folder.path / "clients" / folder_name(client), spread(adapter), job.base, scored=None)
+            _save(folder, folder.path / "clients" / folder_name(client), spread(adapter), base, scored=None)
 
 
 def _of_classes(job: Job, progress: Progress) -> Iterator[tuple[int, Adapter]]:

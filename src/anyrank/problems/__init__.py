@@ -22,7 +22,8 @@ def own(given: Given) -> Problem:
         ConfigError: it was not.
     """
     raise ConfigError(
-        "problem.name: own stands for one that is handed over in Python: anyrank.run(recipe, out, problem=...)."
+        "problem.name: own stands for one that is handed over in Python: anyrank.run(recipe, out, "
+        "problem=...), and anyrank.resume(out, problem=...) to go on with it."
     )
 
 
