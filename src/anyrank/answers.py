@@ -127,7 +127,7 @@ def _problem(what: Finished, base: str | None, source: str, settings: Sequence[s
         test_share=0.5,
         seed=what.about["seed"],
         label_names=what.about["label_names"] or None,
-        only_to_score=True,
+        only="test",
     )
     try:
         return PROBLEMS[name](given, **{key: value for key, value in checked.items() if key != "name"})

@@ -22,13 +22,13 @@ import torch
 from anyrank import config
 from anyrank.adapter import Adapter
 from anyrank.clock import Clock
-from anyrank.compute import devices
+from anyrank.compute import devices, reproducible
 from anyrank.config import Recipe
 from anyrank.device import compute_seconds, memory_bytes, undisturbed
 from anyrank.engine import Evaluation, Federation, Progress, begin, rounds
 from anyrank.errors import ConfigError, RecordError, RoundFailed
 from anyrank.federation import Device, Failure, Plan, Update, make_task
-from anyrank.job import CHOICES, Job, Simulation, learner, load_recipe, prepare, with_baseline
+from anyrank.job import CHOICES, Job, Simulation, check_handed_over, learner, load_recipe, prepare, with_baseline
 from anyrank.memory import Memory
 from anyrank.prefix import Prefix, possible
 from anyrank.probe import as_toml
@@ -41,7 +41,18 @@ from anyrank.train import Score, evaluate
 from anyrank.transport import InProcess, Transport, Workers
 from anyrank.wire import bytes_down, nbytes
 
-__all__ = ["Demand", "Observer", "check", "load_recipe", "probe", "resume", "run"]
+__all__ = [
+    "Demand",
+    "Observer",
+    "check",
+    "described",
+    "description",
+    "load_recipe",
+    "play_rounds",
+    "probe",
+    "resume",
+    "run",
+]
 
 _VERSIONED = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors", "tokenizers")
 _EXTENSIBLE = (
@@ -199,7 +210,7 @@ def _check_same(job: Simulation, folder: RunFolder) -> None:
             f"{folder.path} was started on other data: fingerprint {then[:12]}, now {now[:12]}. "
             "Bring the data back as it was, or start a new run."
         )
-    if folder.info["fleet"] != _described(job.cohort.fleet):
+    if folder.info["fleet"] != described(job.cohort.fleet):
         raise RecordError(f"{folder.path}: the fleet is not the one the run was started with.")
 
 
@@ -213,21 +224,42 @@ def _play(job: Simulation, folder: RunFolder, observer: Observer) -> None:
 
 
 def _play_rounds(job: Simulation, folder: RunFolder, observer: Observer) -> None:
+    with reproducible(job.recipe.compute.threads or 1), _transport(job, folder, observer) as transport:
+        play_rounds(job, folder, _federation(job, folder, transport, observer), observer, memory=_memory(folder))
+
+
+def play_rounds(
+    job: Job, folder: RunFolder, federation: Federation, observer: Observer, *, memory: Memory | None = None
+) -> None:
+    """Play the rounds that are left of a run, and write what comes out of it.
+
+    Args:
+        job: what is run.
+        folder: where it is kept; rounds that are in it are played already.
+        federation: how it is run.
+        observer: is told what happens.
+        memory: what clients keep for themselves, where that is here.
+
+    Raises:
+        RoundFailed: a round without a valid update; the checkpoint before it is kept.
+    """
     progress = folder.load(job.spec, job.cohort.fleet, target=job.recipe.evaluate.target)
-    with _reproducible(job.recipe.compute.threads or 1), _transport(job, folder, observer) as transport:
-        federation = _federation(job, folder, transport, observer)
-        progress = progress or begin(federation, job.method.init(job.spec), job.cohort.fleet)
-        observer.started(job, folder, progress)
-        if progress.state.round < job.cohort.rounds:
-            for result in ("adapter", "classes", "clients"):  # of a run that is extended: old as soon as it goes on
-                shutil.rmtree(folder.path / result, ignore_errors=True)
+    progress = progress or begin(federation, job.method.init(job.spec), job.cohort.fleet)
+    observer.started(job, folder, progress)
+    if progress.state.round < job.cohort.rounds:
+        for result in ("adapter", "classes", "clients"):  # of a run that is extended: old as soon as it goes on
+            shutil.rmtree(folder.path / result, ignore_errors=True)
+    began = time.perf_counter()
+    for progress in rounds(federation, progress):  # noqa: B020 - the last one is the result
+        seconds = time.perf_counter() - began
+        folder.save(progress, real_seconds=seconds)
+        observer.finished_round({**progress.record, "real_seconds": seconds})
         began = time.perf_counter()
-        for progress in rounds(federation, progress):  # noqa: B020 - the last one is the result
-            seconds = time.perf_counter() - began
-            folder.save(progress, real_seconds=seconds)
-            observer.finished_round({**progress.record, "real_seconds": seconds})
-            began = time.perf_counter()
-    save_results(job, folder, progress)
+    save_results(job, folder, progress, memory=memory)
+
+
+def _memory(folder: RunFolder) -> Memory:
+    return Memory(folder.path / "memory")
 
 
 @contextlib.contextmanager
@@ -243,7 +275,7 @@ def _transport(job: Simulation, folder: RunFolder, observer: Observer) -> Iterat
         test=job.problem.test,
         held_out=job.recipe.data.held_out,
         seed=job.recipe.seed,
-        memory=Memory(folder.path / "memory"),
+        memory=_memory(folder),
         cohort=compute.cohort or 1,
         prefix=_prefix(job, folder, observer),
     )
@@ -319,20 +351,6 @@ def _clock(recipe: Recipe) -> Clock:
     return Clock(**troubles, seed=recipe.seed)
 
 
-@contextlib.contextmanager
-def _reproducible(threads: int) -> Iterator[None]:
-    """Have torch refuse operations whose result can differ from run to run, and sum in so many threads."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS counts as one of them
-    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
-    torch.use_deterministic_algorithms(True)
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.set_num_threads(before[1])
-
-
 def _compare(job: Simulation, folder: RunFolder, observer: Observer) -> None:
     """Play the baselines that the recipe compares with, each in a run folder of its own; a baseline is not compared."""
     if job.recipe.baseline:
@@ -363,6 +381,21 @@ def _nested(out: Path, job: Simulation) -> RunFolder | None:
 
 
 def _info(job: Simulation, command: str) -> dict[str, Any]:
+    problem = job.problem
+    size = {"train": len(problem.train), "test": len(problem.test)}
+    references = {"before training": _before(job), **problem.references}
+    return description(job, command, data={"fingerprint": problem.fingerprint, **size}, references=references)
+
+
+def description(job: Job, command: str, *, data: Mapping[str, Any], references: Mapping[str, float]) -> dict[str, Any]:
+    """What `run.json` says of a run.
+
+    Args:
+        job: what is run.
+        command: how it was started.
+        data: fingerprint and numbers of examples.
+        references: what a run is compared with, by what it is called.
+    """
     outline = job.outline
     return {
         "anyrank": importlib.metadata.version("anyrank"),
@@ -381,16 +414,11 @@ def _info(job: Simulation, command: str) -> dict[str, Any]:
         "commit": _commit(),
         "base": outline.base,
         "base_hash": outline.base_hash,
-        "data": {
-            "fingerprint": job.problem.fingerprint,
-            "train": len(job.problem.train),
-            "test": len(job.problem.test),
-            "label_names": outline.label_names,
-        },
+        "data": {**data, "label_names": outline.label_names},
         "metric": {"name": outline.metric, "higher_is_better": outline.higher_is_better},
-        "references": {"before training": _before(job), **job.problem.references},
+        "references": dict(references),
         "remarks": job.remarks,
-        "fleet": _described(job.cohort.fleet),
+        "fleet": described(job.cohort.fleet),
         "modules_to_save": outline.modules_to_save,
         "patches": outline.patches,
         "task_type": outline.task_type,
@@ -402,7 +430,7 @@ def _info(job: Simulation, command: str) -> dict[str, Any]:
 
 def _before(job: Simulation) -> float:
     """What the model reaches that training starts from."""
-    with _reproducible(job.recipe.compute.threads or 1):
+    with reproducible(job.recipe.compute.threads or 1):
         return _score(job, job.spec.start, False).metrics[job.problem.objective.metric.name]
 
 
@@ -410,7 +438,8 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _VERSIONED}
 
 
-def _described(fleet: Mapping[str, Device]) -> dict[str, Any]:
+def described(fleet: Mapping[str, Device]) -> dict[str, Any]:
+    """The fleet as `run.json` has it."""
     return {c: {"kind": d.kind, "rank": d.rank, "num_examples": d.num_examples} for c, d in fleet.items()}
 
 
@@ -511,6 +540,7 @@ def probe(recipe: Recipe, name: str, problem: Problem | None = None) -> str:
     Raises:
         ConfigError: model or data cannot be had, or do not fit.
     """
+    check_handed_over(recipe, problem)
     loaded = learner(recipe, problem)
     model, loss = loaded.model, loaded.training.objective.loss
     model.to(devices()[0])

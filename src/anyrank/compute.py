@@ -4,10 +4,11 @@ All of it is settled before a run starts, from sizes alone and never from a stop
 bytes on the same machine. Other settings agree but for rounding.
 """
 
+import contextlib
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import torch
 from anyrank.config import ComputeTable
 from anyrank.federation import ModelCost
 
-__all__ = ["cohort_of", "devices", "settled"]
+__all__ = ["cohort_of", "devices", "reproducible", "settled"]
 
 # A pass takes a while for its calls, whatever its size, and then so long for each token. On a CPU both were measured, with
 # all-MiniLM-L6-v2 on one core of an AMD EPYC with AVX-512; for a GPU these are estimates.
@@ -114,3 +115,17 @@ def _memory(device: torch.device) -> int:
 
 def _gpu_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory
+
+
+@contextlib.contextmanager
+def reproducible(threads: int) -> Iterator[None]:
+    """Have torch refuse operations whose result can differ from run to run, and sum in so many threads."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS counts as one of them
+    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.set_num_threads(before[1])

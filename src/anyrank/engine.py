@@ -4,7 +4,7 @@ sample -> topology (assign, dispatch -> ask -> aggregate, dense tensors, server 
 ask:   clock (who drops out or is late is not trained, or later) -> transport -> validate, spool -> sort
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import fsum
@@ -32,6 +32,7 @@ _RHO = 0.8  # weight of the past in the moving averages of a device's times
 _TOGETHER = 1000  # evaluations that are asked for at once: ten thousand tasks take 160 MB with all-MiniLM-L6-v2
 
 Fleet = Mapping[str, Device]
+Scorer = Callable[[Adapter, bool], Score]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,8 @@ class Federation:
         topology: who averages with whom.
         transport: how tasks reach clients.
         clock: simulated deadlines, dropouts and stragglers.
-        score: scores an adapter on the server's test set; at the end of a run also by what takes long.
+        score: scores an adapter on the server's test set; at the end of a run also by what takes long. None where the server
+            has none: then the score is that of the clients' own examples.
         per_round: clients sampled in a round.
         rounds: how many rounds the run has.
         metric: what the run is judged by.
@@ -68,6 +70,7 @@ class Federation:
         evaluation: when to score what.
         seed: of the run.
         notify: called for every reply as it arrives.
+        meet: called before a round: the fleet as it is now, and the clients of it that are here.
         disk: a folder on the disk to which updates go that are too many for memory; None takes the system's temporary one.
     """
 
@@ -75,7 +78,7 @@ class Federation:
     topology: Topology
     transport: Transport
     clock: Clock
-    score: Callable[[Adapter, bool], Score]
+    score: Scorer | None
     per_round: int
     rounds: int
     norm_limit: float
@@ -83,6 +86,7 @@ class Federation:
     seed: int
     metric: Metric = ACCURACY
     notify: Callable[[Update | Failure], None] = lambda reply: None
+    meet: Callable[[Fleet], tuple[Fleet, Collection[str]]] = lambda fleet: (fleet, fleet)
     disk: Path | None = None
 
 
@@ -151,8 +155,10 @@ def sample(fleet: Fleet, *, per_round: int, seed: int, round: int) -> list[Devic
 
 def _play(federation: Federation, progress: Progress) -> Progress:
     number = progress.state.round + 1
+    fleet, here = federation.meet(progress.fleet)
+    progress = replace(progress, fleet=fleet)
     busy = {late.task.plan.client for late in progress.late}
-    free = {c: device for c, device in progress.fleet.items() if c not in busy} if busy else progress.fleet
+    free = {c: device for c, device in fleet.items() if c not in busy and c in here}
     sampled = sample(free, per_round=federation.per_round, seed=federation.seed, round=number)
     with Spool(federation.disk) as spool:
         round = _Round(federation, progress, spool)
@@ -170,7 +176,7 @@ def _play(federation: Federation, progress: Progress) -> Progress:
     fleet = {**progress.fleet, **round.learned()}
     seconds = progress.seconds + took
     after = Progress(state, fleet, peers, tuple(round.late), seconds, progress.target_seconds)
-    scores = _evaluate(federation, after, [fleet[device.client] for device in sampled])
+    scores = _evaluate(federation, after, [fleet[device.client] for device in sampled], here)
     target = federation.evaluation.target
     if after.target_seconds is None and target is not None and federation.metric.reached(scores["score"], target):
         after = replace(after, target_seconds=seconds)
@@ -383,12 +389,26 @@ def _rejection(task: Task, error: UpdateRejected) -> Failure:
 # --- scores -------------------------------------------------------------------------------------------------------
 
 
-def _evaluate(federation: Federation, progress: Progress, members: Sequence[Device]) -> dict[str, Any]:
-    plan, method, state, fleet = federation.evaluation, federation.method, progress.state, progress.fleet
+def _evaluate(
+    federation: Federation, progress: Progress, members: Sequence[Device], here: Collection[str]
+) -> dict[str, Any]:
+    plan, method, state = federation.evaluation, federation.method, progress.state
+    everyone = [device for client, device in progress.fleet.items() if client in here]
     last = state.round == federation.rounds
     if not last and state.round % plan.every:
         return {"score": None, "loss": None, "metrics": None, "class_scores": None, "federated": None}
-    scores = _judge(federation, progress, list(fleet.values()) if last else members, last)
+    if federation.score is None:
+        own = _federated(
+            _replies(federation, progress, everyone if last else members, "evaluate"), federation.metric.name
+        )
+        return {
+            "score": own and own["score"],
+            "loss": None,
+            "metrics": None,
+            "class_scores": None,
+            "federated": own,
+        }
+    scores = _judge(federation, federation.score, progress, everyone if last else members, last)
     metric = federation.metric
     means = {name: fmean(score.metrics[name] for score in scores) for name in scores[0].metrics} if scores else {}
     score = means.get(metric.name)
@@ -396,8 +416,8 @@ def _evaluate(federation: Federation, progress: Progress, members: Sequence[Devi
         last = True
     by_class = None
     if score is not None and not (method.claims.personal or progress.peers) and (last or plan.classes == "always"):
-        by_class = _class_scores(federation, state, list(fleet.values()), score)
-    own = _replies(federation, progress, list(fleet.values()) if last else members, "evaluate")
+        by_class = _class_scores(federation, federation.score, state, everyone, score)
+    own = _replies(federation, progress, everyone if last else members, "evaluate")
     return {
         "score": score,
         "loss": fmean(score.loss for score in scores) if scores else None,
@@ -423,7 +443,9 @@ def _replies(
         yield from (reply for reply in federation.transport.run(tasks) if isinstance(reply, Update))
 
 
-def _judge(federation: Federation, progress: Progress, devices: Sequence[Device], last: bool) -> list[Score]:
+def _judge(
+    federation: Federation, by: Scorer, progress: Progress, devices: Sequence[Device], last: bool
+) -> list[Score]:
     """How the server's test set is answered: by the global adapter, by each peer, or by each client's own model.
 
     Clients' own models are scored where they are, which only a simulation can ask for.
@@ -435,11 +457,13 @@ def _judge(federation: Federation, progress: Progress, devices: Sequence[Device]
             for reply in replies
         ]
     if progress.peers:
-        return [federation.score(progress.peers[device.client].whole, False) for device in devices]
-    return [federation.score(progress.state.whole, last)]
+        return [by(progress.peers[device.client].whole, False) for device in devices]
+    return [by(progress.state.whole, last)]
 
 
-def _class_scores(federation: Federation, state: State, fleet: Sequence[Device], whole: float) -> dict[str, float]:
+def _class_scores(
+    federation: Federation, by: Scorer, state: State, fleet: Sequence[Device], whole: float
+) -> dict[str, float]:
     """How what clients of each rank are sent does, by rank; at the full rank that is the whole adapter."""
     one_of_each = {device.rank: device for device in fleet}
     scores = {}
@@ -448,7 +472,7 @@ def _class_scores(federation: Federation, state: State, fleet: Sequence[Device],
             scores[str(device.rank)] = (
                 whole
                 if plan.ranks == state.adapter.ranks and plan.scale == 1
-                else federation.score(applied(federation.method, state, plan), False).metrics[federation.metric.name]
+                else by(applied(federation.method, state, plan), False).metrics[federation.metric.name]
             )
     return scores
 

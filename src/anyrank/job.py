@@ -41,10 +41,18 @@ __all__ = [
     "Learner",
     "Outline",
     "Simulation",
+    "check_handed_over",
     "content_hash",
     "learner",
     "load_recipe",
+    "local_of",
+    "method_of",
     "prepare",
+    "problem_of",
+    "profiles",
+    "ranked",
+    "steps_of",
+    "topology_of",
     "with_baseline",
 ]
 
@@ -257,25 +265,41 @@ class Learner(NamedTuple):
         return Spec(layers, levels, scale, seed, self.start, self.cost)
 
 
-def learner(recipe: Recipe, problem: Problem | None = None) -> Learner:
-    """Load model and data.
+def problem_of(recipe: Recipe, **changes: Any) -> Problem:
+    """What a recipe is to learn.
 
     Args:
-        recipe: what is to be run.
-        problem: for a recipe that leaves it to its caller.
+        recipe: names model, data and problem.
+        changes: of what `Given` says about them.
 
     Raises:
         ConfigError: they cannot be had, or do not fit.
     """
-    if problem is not None and recipe.problem["name"] != config.OWN:
-        raise ConfigError(
-            f'problem.name: a problem is handed over; expected "{config.OWN}", got {recipe.problem["name"]!r}.'
-        )
-    base = resolve(recipe.model.name) if recipe.model.name else Pretrained("", config.OWN)
-    problem = problem or _problem(recipe, base)
+    base, table = _base(recipe), recipe.model
+    loading = hf.Loading(getattr(torch, table.dtype), table.quantize, table.attention, table.device_map)
+    given = Given(base, loading, recipe.data.source or "", recipe.data.test, recipe.data.test_share, recipe.seed)
+    return PROBLEMS[recipe.problem["name"]](replace(given, **changes), **_arguments(recipe.problem))
+
+
+def _base(recipe: Recipe) -> Pretrained:
+    return resolve(recipe.model.name) if recipe.model.name else Pretrained("", config.OWN)
+
+
+def learner(recipe: Recipe, problem: Problem | None = None) -> Learner:
+    """Load the model, for a problem.
+
+    Args:
+        recipe: what is to be run.
+        problem: what is learned; None leaves that to the recipe.
+
+    Raises:
+        ConfigError: model or data cannot be had, or do not fit.
+    """
+    base = _base(recipe)
+    problem = problem or problem_of(recipe)
     if recipe.train.group_by_length and problem.lengths is None:
         raise ConfigError("train.group_by_length: the examples of this problem are all of one size; leave it out.")
-    local = _local(recipe)
+    local = local_of(recipe)
     model, start, base_hash = _load_model(recipe, problem, local)
     training = Training(
         local=local,
@@ -297,6 +321,18 @@ def learner(recipe: Recipe, problem: Problem | None = None) -> Learner:
     return Learner(base, problem, model, base_hash, start, training, batch, passes, cost)
 
 
+def check_handed_over(recipe: Recipe, problem: Problem | None) -> None:
+    """Refuse a problem that is handed over for a recipe that names another.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if problem is not None and recipe.problem["name"] != config.OWN:
+        raise ConfigError(
+            f'problem.name: a problem is handed over; expected "{config.OWN}", got {recipe.problem["name"]!r}.'
+        )
+
+
 def prepare(recipe: Recipe, problem: Problem | None = None) -> Simulation:
     """Load model and data, deal out clients, devices and ranks.
 
@@ -307,13 +343,14 @@ def prepare(recipe: Recipe, problem: Problem | None = None) -> Simulation:
     Raises:
         ConfigError: whatever does not fit, before anything is trained.
     """
+    check_handed_over(recipe, problem)
     loaded = learner(recipe, problem)
     problem, model, training, cost = loaded.problem, loaded.model, loaded.training, loaded.cost
     shards = _partition(recipe, _columns(problem))
     local = training.local
     spec = loaded.spec(scale=recipe.lora.scale, seed=recipe.seed)
     cohort = _cohort(recipe, _fleet(recipe, problem, shards, spec), shards)
-    method = _method(recipe, cohort)
+    method = method_of(recipe, cohort.method)
     compute = settled(
         recipe.compute,
         cost=replace(
@@ -338,17 +375,10 @@ def prepare(recipe: Recipe, problem: Problem | None = None) -> Simulation:
         cohort=cohort,
         spec=replace(spec, levels=tuple(sorted({device.rank for device in cohort.fleet.values()}))),
         method=method,
-        topology=_topology(recipe, cohort, method),
+        topology=topology_of(recipe, cohort, method),
     )
     _check_ranks(job)
     return job
-
-
-def _problem(recipe: Recipe, base: Pretrained) -> Problem:
-    table, model = recipe.data, recipe.model
-    loading = hf.Loading(getattr(torch, model.dtype), model.quantize, model.attention, model.device_map)
-    given = Given(base, loading, table.source or "", table.test, table.test_share, recipe.seed)
-    return PROBLEMS[recipe.problem["name"]](given, **_arguments(recipe.problem))
 
 
 def _check_own(recipe: Recipe, problem: Problem, model: AdaptedModel) -> None:
@@ -437,7 +467,7 @@ def _partition(recipe: Recipe, columns: Dataset) -> dict[str, np.ndarray]:
     return shards
 
 
-def _local(recipe: Recipe) -> Local:
+def local_of(recipe: Recipe) -> Local:
     """How clients train: the method's way, where it brings one, or the recipe's."""
     method = METHODS[recipe.method["name"]](**_arguments(recipe.method))
     own, name, chosen = method.local, recipe.method["name"], recipe.local["name"]
@@ -469,6 +499,8 @@ def _load_model(recipe: Recipe, problem: Problem, local: Local) -> tuple[Adapted
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(recipe.seed, "head"))
         base = problem.model()
+    if not isinstance(base, torch.nn.Module):
+        raise ConfigError(f"problem.model: expected what makes a torch.nn.Module, got what makes {type(base).__name__}.")
     base_hash = content_hash(base)
     table = recipe.lora
     model = AdaptedModel(
@@ -531,7 +563,7 @@ def _check_start(folder: str, start: Adapter, model: AdaptedModel, local: Local)
 
 def _fleet(recipe: Recipe, problem: Problem, shards: Mapping[str, np.ndarray], spec: Spec) -> dict[str, Device]:
     """Deal device classes and ranks to the clients."""
-    profiles = _profiles(recipe)
+    known = profiles(recipe)
     classes = recipe.fleet.classes
     kinds = deal_classes(
         list(shards), {name: c.share for name, c in classes.items()}, numpy_generator(recipe.seed, "classes")
@@ -543,23 +575,36 @@ def _fleet(recipe: Recipe, problem: Problem, shards: Mapping[str, np.ndarray], s
         c: Device(
             c,
             kinds[c],
-            profiles[kinds[c]],
+            known[kinds[c]],
             0,
             sizes[c],
-            _steps(recipe, sizes[c]),
+            steps_of(recipe, sizes[c]),
             () if labels is None else _labels(labels[kept[c]], len(problem.label_names)),
         )
         for c in shards
     }
-    if not _local(recipe).has_factors:
-        return devices
+    ranks = ranked(recipe, devices, spec)
+    return {c: replace(device, rank=ranks[c]) for c, device in devices.items()}
+
+
+def ranked(recipe: Recipe, devices: Mapping[str, Device], spec: Spec) -> dict[str, int]:
+    """The rank of each device, by the recipe's policy; 0 where no factors are trained.
+
+    Raises:
+        ConfigError: the policy cannot say.
+    """
+    if not local_of(recipe).has_factors:
+        return dict.fromkeys(devices, 0)
+    classes = recipe.fleet.classes
     candidates = [
-        Candidate(c, kinds[c], sizes[c], classes[kinds[c]].rank, partial(affordable, spec, devices[c])) for c in shards
+        Candidate(
+            c, d.kind, d.num_examples, classes[d.kind].rank if d.kind in classes else None, partial(affordable, spec, d)
+        )
+        for c, d in devices.items()
     ]
     policy = RANK_POLICIES[recipe.ranks["name"]]
     ranks = policy(candidates, numpy_generator(recipe.seed, "ranks"), **_arguments(recipe.ranks))
-    ranks = ordered(ranks, sizes, order=recipe.fleet.rank_order)
-    return {c: replace(device, rank=ranks[c]) for c, device in devices.items()}
+    return ordered(ranks, {c: d.num_examples for c, d in devices.items()}, order=recipe.fleet.rank_order)
 
 
 def _labels(labels: np.ndarray, classes: int) -> tuple[int, ...]:
@@ -567,7 +612,12 @@ def _labels(labels: np.ndarray, classes: int) -> tuple[int, ...]:
     return tuple(np.bincount(labels, minlength=classes).tolist())
 
 
-def _profiles(recipe: Recipe) -> dict[str, Profile]:
+def profiles(recipe: Recipe) -> dict[str, Profile]:
+    """What each device class can do.
+
+    Raises:
+        ConfigError: a class or a change names a device that there is not, or a profile has no number above 0.
+    """
     known = {**PROFILES, **recipe.devices}
     problems = [
         f"devices.{name}.{field}: expected a number above 0, got {value}."
@@ -594,7 +644,8 @@ def _kept(recipe: Recipe, client: str, shard: np.ndarray) -> np.ndarray:
     return data.held_out(shard, share=recipe.data.held_out, seed=recipe.seed, client=client)[0]
 
 
-def _steps(recipe: Recipe, num_examples: int) -> int:
+def steps_of(recipe: Recipe, num_examples: int) -> int:
+    """The local steps that a recipe asks of a client each round."""
     return recipe.train.steps or (recipe.train.epochs or 1) * math.ceil(num_examples / recipe.train.batch_size)
 
 
@@ -614,25 +665,40 @@ def _cohort(
     return BASELINES[recipe.baseline](cohort) if recipe.baseline else cohort
 
 
-def _method(recipe: Recipe, cohort: Cohort) -> Method:
+def method_of(recipe: Recipe, name: str | None = None) -> Method:
+    """The method with proximal term and server optimizer around it.
+
+    Args:
+        recipe: names it, and its arguments.
+        name: of a baseline's, if that is another one.
+
+    Raises:
+        ConfigError: they do not go together.
+    """
     if recipe.baseline == "centralised":
-        return METHODS[cohort.method]()  # nothing to average: a server step or proximal term would only hold it back
-    own = cohort.method == recipe.method["name"]
-    arguments = _arguments(recipe.method) if own else {}
-    method = METHODS[cohort.method](**arguments)
+        return METHODS[
+            name or recipe.method["name"]
+        ]()  # nothing to average: a server step or proximal term holds it back
+    chosen = recipe.method["name"] if name is None else name
+    method = METHODS[chosen](**(_arguments(recipe.method) if chosen == recipe.method["name"] else {}))
     if recipe.train.prox_mu:
         method = proximal(method, recipe.train.prox_mu)
     if recipe.server.learning_rate != 1 or recipe.server.momentum:
         if method.claims.folds:
             raise ConfigError(
-                f"server: {cohort.method} adds products to the base model, on which a server learning rate or momentum cannot "
+                f"server: {chosen} adds products to the base model, on which a server learning rate or momentum cannot "
                 "act. Leave server.learning_rate and server.momentum out, or use another method."
             )
         method = server_optimizer(method, learning_rate=recipe.server.learning_rate, momentum=recipe.server.momentum)
     return method
 
 
-def _topology(recipe: Recipe, cohort: Cohort, method: Method) -> Topology:
+def topology_of(recipe: Recipe, cohort: Cohort, method: Method) -> Topology:
+    """Who averages with whom.
+
+    Raises:
+        ConfigError: the method does not work so.
+    """
     if recipe.baseline in ("centralised", "local_only"):
         return TOPOLOGIES["star"]()  # there is nobody to average with
     check_topology(cohort.method, method.claims, recipe.topology["name"])
@@ -672,12 +738,12 @@ def with_baseline(job: Simulation, baseline: Baseline, examples: int) -> Simulat
     recipe = job.recipe.model_copy(update={"baseline": baseline, "compare": [], "track": []})
     cohort = _cohort(recipe, _fleet(recipe, job.problem, job.cohort.shards, job.spec), job.cohort.shards, examples)
     levels = tuple(sorted({device.rank for device in cohort.fleet.values()}))
-    method = _method(recipe, cohort)
+    method = method_of(recipe, cohort.method)
     return replace(
         job,
         recipe=recipe,
         cohort=cohort,
         spec=replace(job.spec, levels=levels),
         method=method,
-        topology=_topology(recipe, cohort, method),
+        topology=topology_of(recipe, cohort, method),
     )

@@ -212,7 +212,7 @@ class RunFolder:
             raise RecordError(f"{file}: {error}. Start the run anew in another folder.") from error
         learned = header["fleet"]
         clients = header.get("clients", len(learned))  # once, every device was in the checkpoint
-        if clients != len(fleet) or not learned.keys() <= fleet.keys():
+        if clients > len(fleet) or not learned.keys() <= fleet.keys():  # one may have come since
             raise RecordError(
                 f"{file}: its clients are not those of {self.path / 'run.json'}; the folder was mixed up."
             )

@@ -100,11 +100,17 @@ def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def save_results(job: Job, folder: RunFolder, progress: Progress) -> None:
+def save_results(job: Job, folder: RunFolder, progress: Progress, *, memory: Memory | None) -> None:
     """Write the adapters of a run that has ended.
 
     `adapter/` is the global one, `classes/rank-R/` what a client of that rank is sent, where there are several, and
     `clients/CLIENT/` each client's own: of methods that have no global one, or where the recipe asks for it.
+
+    Args:
+        job: what was run.
+        folder: of the run.
+        progress: at its end.
+        memory: what clients kept for themselves; None where that is on machines of their own, and so are their adapters.
     """
     spread, save, base = job.local.spread, job.recipe.save, Pretrained(job.outline.base, job.outline.base)
     whole = not job.method.claims.personal
@@ -112,8 +118,8 @@ def save_results(job: Job, folder: RunFolder, progress: Progress) -> None:
         _save(folder, folder.path / "adapter", spread(progress.state.whole), base)
         for rank, adapter in _of_classes(job, progress) if save.classes and not progress.peers else ():
             _save(folder, folder.path / "classes" / f"rank-{rank}", spread(adapter), base, scored=str(rank))
-    if not whole or save.clients:
-        for client, adapter in _of_clients(job, folder, progress):
+    if memory and (not whole or save.clients):
+        for client, adapter in _of_clients(job, folder, progress, memory):
             _save(folder, folder.path / "clients" / folder_name(client), spread(adapter), base, scored=None)
 
 
@@ -125,9 +131,9 @@ def _of_classes(job: Job, progress: Progress) -> Iterator[tuple[int, Adapter]]:
             yield rank, applied(job.method, progress.state, plan)
 
 
-def _of_clients(job: Job, folder: RunFolder, progress: Progress) -> Iterator[tuple[str, Adapter]]:
+def _of_clients(job: Job, folder: RunFolder, progress: Progress, memory: Memory) -> Iterator[tuple[str, Adapter]]:
     """What each client that took part has: what it is sent, with what it kept."""
-    method, memory = job.method, Memory(folder.path / "memory")
+    method = job.method
     took_part = {client for record in folder.records() for client in record["returned_ranks"]}
     for state, plan in _plans(job, progress, [device for c, device in progress.fleet.items() if c in took_part]):
         if method.enter:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset
@@ -30,7 +30,8 @@ class Given:
         test_share: split off where the source has no test part.
         seed: of the run.
         label_names: class names in label order, where they are known from before; None takes the data's.
-        only_to_score: all of the source is test examples, or its own test part if it has one.
+        only: all of the source is there to `train` on, or to `test` with, in the latter case its test part if it has one; the
+            other part is left out as far as it can be.
     """
 
     base: Pretrained
@@ -40,12 +41,16 @@ class Given:
     test_share: float
     seed: int
     label_names: Sequence[str] | None = None
-    only_to_score: bool = False
+    only: Literal["train", "test"] | None = None
 
     def parts(self, columns: Sequence[str], *, usable: Callable[[Dataset], str] = lambda part: "") -> Parts:
         """The source's training and test examples; `columns` are texts, see `data.parts`."""
         found = data.parts(self.source, test=self.test, as_text=columns, usable=usable)
-        return Parts(found.test or found.train, found.test or found.train) if self.only_to_score else found
+        if self.only == "test":
+            return Parts(found.test or found.train, found.test or found.train)
+        if self.only == "train":
+            return Parts(found.train, found.train.select(range(min(1, len(found.train)))))
+        return found
 
     def split(self, found: Parts) -> tuple[Dataset, Dataset]:
         """Training and test examples, the latter split off where there are none."""
