@@ -13,7 +13,9 @@ import anyrank
 from anyrank.config import Recipe
 from anyrank.errors import RecordError, RoundFailed, TransportError
 from anyrank.federation import Profile
-from anyrank.flower import Clients, Letter, Site, play
+from anyrank.flower.letter import Letter
+from anyrank.flower.server import Clients, play
+from anyrank.flower.site import Site
 from anyrank.record import RunFolder
 from tiny import recipe_toml, write_model, write_reviews
 

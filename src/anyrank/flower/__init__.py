@@ -1,13 +1,16 @@
 """Past one machine: the same recipes and methods on Flower's deployment engine.
 
-    server.py   the server's half of a run: meets clients, sends tasks, waits for updates
-    site.py     a client's half: its model, its data, what it keeps
+    server.py       the server's half of a run: meets clients, sends tasks, waits for updates
+    site.py         a client's half: its model, its data, what it keeps
+    letter.py       what they send each other
+    grid.py         letters as Flower's messages
+    server_app.py   what Flower starts on the server
+    client_app.py   what Flower starts on a client, once for each message; it asks
+    worker.py       the process there that has everything loaded
+    keys.py         certificates and keys
+    guard.py        the server's door
+    commands.py     anyrank flower ...
+    app/            the app that Flower sends around
 
-Both speak in `Letter`s and know nothing of Flower, which carries them.
+Importing this package loads nothing: a client's process for one message has to start quickly.
 """
-
-from anyrank.flower.letter import Letter
-from anyrank.flower.server import Clients, Post, play
-from anyrank.flower.site import Site
-
-__all__ = ["Clients", "Letter", "Post", "Site", "play"]

@@ -398,7 +398,9 @@ def play(
     if folder is None:
         size = {"train": sum(device.num_examples for device in fleet.values()), "test": judge[1] if judge else 0}
         about = description(job, command, data={"fingerprint": "", **size}, references={})
-        folder = RunFolder.create(out, {**about, "levels": list(spec.levels), "devices": _told(fleet)})
+        folder = RunFolder.create(
+            out, {**about, "run": clients.run_name, "levels": list(spec.levels), "devices": _told(fleet)}
+        )
     elif folder.info["base_hash"] != outline.base_hash:
         raise RecordError(
             f"{out} was started with another base model: SHA-256 {folder.info['base_hash'][:12]}; the clients' is now "

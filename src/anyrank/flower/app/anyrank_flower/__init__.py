@@ -1,0 +1,1 @@
+"""anyrank's entry points for Flower."""

@@ -1,0 +1,64 @@
+"""What Flower starts on the server: it plays a recipe with the clients that are connected."""
+
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid
+from rich.console import Console
+
+from anyrank import config
+from anyrank.display import LiveObserver, summary
+from anyrank.errors import ConfigError
+from anyrank.flower.grid import GridPost
+from anyrank.flower.server import Clients, play
+from anyrank.job import load_recipe
+from anyrank.record import RunFolder
+
+__all__ = ["main"]
+
+
+def main(grid: Grid, context: Context) -> None:
+    """Play the recipe of the run's configuration, see `app/pyproject.toml`.
+
+    Raises:
+        AnyrankError: see `server.play`.
+    """
+    settings = context.run_config
+    if not settings["recipe"] or not settings["out"]:
+        raise ConfigError("recipe, out: the run's configuration has to name both, as absolute paths on the server.")
+    changes = {"data.source": "of each client", **config.parse_overrides(json.loads(str(settings["settings"])))}
+    recipe, out = load_recipe(Path(str(settings["recipe"])), changes), Path(str(settings["out"]))
+    console = Console(markup=False, force_terminal=False, width=128)
+    with LiveObserver(console) as observer:
+        clients = Clients(
+            GridPost(grid),
+            recipe,
+            run=_name(out),
+            compression=_one_of(str(settings["compression"])),
+            deadline=float(settings["deadline"]) or recipe.clock.deadline,
+            noticed=observer.noticed,
+        )
+        folder = play(
+            recipe,
+            out,
+            clients,
+            count=int(settings["clients"]) or recipe.fleet.per_round,
+            patience=float(settings["patience"]) or float("inf"),
+            observer=observer,
+            command="on Flower",
+        )
+    console.print(*summary(folder), sep="\n")
+
+
+def _name(out: Path) -> str:
+    """The run's name among its clients, the same when it is gone on with."""
+    return RunFolder.open(out).info["run"] if (out / "run.json").exists() else uuid.uuid4().hex
+
+
+def _one_of(compression: str) -> Any:
+    if compression not in ("none", "fp16", "int8"):
+        raise ConfigError(f"compression: expected none, fp16 or int8, got {compression!r}.")
+    return compression
