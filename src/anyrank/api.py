@@ -207,8 +207,8 @@ def _check_same(job: Simulation, folder: RunFolder) -> None:
         )
     if then != now:
         raise RecordError(
-            f"{folder.path} was started on other data: fingerprint {then[:12]}, now {now[:12]}. "
-            "Bring the data back as it was, or start a new run."
+            f"{folder.path} was started on other data, or with another tokenizer or chat template: fingerprint {then[:12]}, "
+            f"now {now[:12]}. Bring them back as they were, or start a new run."
         )
     if folder.info["fleet"] != described(job.cohort.fleet):
         raise RecordError(f"{folder.path}: the fleet is not the one the run was started with.")

@@ -500,7 +500,9 @@ def _load_model(recipe: Recipe, problem: Problem, local: Local) -> tuple[Adapted
         torch.manual_seed(seed_of(recipe.seed, "head"))
         base = problem.model()
     if not isinstance(base, torch.nn.Module):
-        raise ConfigError(f"problem.model: expected what makes a torch.nn.Module, got what makes {type(base).__name__}.")
+        raise ConfigError(
+            f"problem.model: expected what makes a torch.nn.Module, got what makes {type(base).__name__}."
+        )
     base_hash = content_hash(base)
     table = recipe.lora
     model = AdaptedModel(
