@@ -306,7 +306,7 @@ def test_a_folder_to_be_scored_may_lack_a_class(tmp_path):
     source = as_folders(tmp_path / "data", grey(4))
     for file in (source / "dark").iterdir():
         file.unlink()
-    known = given_of(source, label_names=NAMES, only_to_score=True)
+    known = given_of(source, label_names=NAMES, only="test")
     assert [image_classification(known).test[i]["labels"] for i in range(2)] == [1, 1]
 
 

@@ -11,6 +11,7 @@ import anyrank
 
 ROWS = [
     "cli",
+    "flower",
     "own_data",
     "display",
     "api report",

@@ -14,7 +14,7 @@ from anyrank import hf
 from anyrank.adapter import GATE, LOG_TAU, MAGNITUDE, Adapter, LowRank
 from anyrank.errors import ConfigError, RecordError
 from anyrank.federation import Update, make_task
-from anyrank.job import _local, load_recipe, prepare
+from anyrank.job import load_recipe, local_of, prepare
 from anyrank.local.mole import mole
 from anyrank.methods import METHODS
 from anyrank.seeding import generator
@@ -316,7 +316,7 @@ def test_methods_that_need_factors_are_refused_and_all_others_average_gates(reci
                 "brings its own way of training" if method.local else f"mole trains no factors, and {name} needs them"
             )
             with pytest.raises(ConfigError, match=says):
-                _local(recipe(method__name=name))
+                local_of(recipe(method__name=name))
             continue
         state = method.init(job.spec)
         tasks = [make_task(method, state, plan) for plan in method.assign(state, devices)]

@@ -264,7 +264,7 @@ def test_a_pair_has_word_overlap_for_a_reference(bert, tmp_path):
 
 def test_examples_with_one_label_can_be_scored(bert, tmp_path):
     source = write_rows(tmp_path / "a.jsonl", [{"a": "the film", "b": "a plot", "label": "mean"}] * 3)
-    known = given(bert, source, label_names=("kind", "mean"), only_to_score=True)
+    known = given(bert, source, label_names=("kind", "mean"), only="test")
     problem = classification(known, text=["a", "b"], max_length=16)
     assert [problem.test[i]["labels"] for i in range(3)] == [1, 1, 1]
     assert set(score(problem, 2).metrics) == {"accuracy", "f1", "matthews"}
@@ -285,7 +285,7 @@ def test_examples_with_one_label_can_be_scored(bert, tmp_path):
 )
 def test_numbers_in_data_to_be_scored_are_class_names_where_these_are_numbers(bert, tmp_path, names, written, expected):
     source = write_rows(tmp_path / "a.jsonl", [{"text": "good", "label": label} for label in written])
-    known = given(bert, source, label_names=names, only_to_score=True)
+    known = given(bert, source, label_names=names, only="test")
     if isinstance(expected, str):
         with pytest.raises(ConfigError, match=expected):
             classification(known, text=["text"], max_length=16)
@@ -298,7 +298,7 @@ def coded(bert: Path, file: Path, own: list[str], known: list[str]) -> Problem:
     """Two texts of the first class of a file that names its classes, to be scored by what knows some from before."""
     features = Features({"text": Value("string"), "label": ClassLabel(names=own)})
     Dataset.from_dict({"text": ["good"] * 2, "label": [0, 0]}, features=features).to_parquet(file)
-    return classification(given(bert, file, label_names=known, only_to_score=True), text=["text"], max_length=16)
+    return classification(given(bert, file, label_names=known, only="test"), text=["text"], max_length=16)
 
 
 @pytest.mark.parametrize(
@@ -508,7 +508,7 @@ def test_tags_with_names_of_their_own(bert, tmp_path):
 
 def test_known_names_keep_their_numbers(bert, tmp_path):
     source = write_rows(tmp_path / "a.jsonl", [{"tokens": ["good"], "tags": ["HOW"]}])
-    known = given(bert, source, label_names=("O", "THING", "HOW"), only_to_score=True)
+    known = given(bert, source, label_names=("O", "THING", "HOW"), only="test")
     assert token_classification(known, label="tags", max_length=16).test[0]["labels"] == [IGNORED, 2, IGNORED]
 
 
