@@ -187,8 +187,12 @@ PROMPT = "the film was good"
 
 def test_generate_answers_as_transformers_would(writer, command):
     tokenizer = transformers.AutoTokenizer.from_pretrained(writer / "merged")
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True)[
+        "input_ids"
+    ]
     model = transformers.AutoModelForCausalLM.from_pretrained(writer / "merged").eval()
     ids = tokenizer(f"### Instruction:\n{PROMPT}\n\n### Response:\n", return_tensors="pt")
+    assert asked == ids["input_ids"][0].tolist()
     with torch.no_grad():
         whole = model.generate(**ids, max_new_tokens=8, do_sample=False)
     expected = tokenizer.decode(whole[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -19,9 +19,9 @@ from anyrank.hf import AdaptedModel
 from anyrank.local import LOCALS
 from anyrank.problem import Problem
 from anyrank.problems import chat
-from anyrank.problems.chat import Talk, conversation, prompt_of, segments
+from anyrank.problems.chat import TEMPLATES, Talk, as_jinja, conversation, prompt_of, segments
 from anyrank.problems.instruction import instruction, rouge_l
-from anyrank.problems.texts import IGNORED, check_fast
+from anyrank.problems.texts import IGNORED, check_fast, opening
 from anyrank.train import Training, evaluate
 from causal import CHATML, given, in_pieces, of_bytes, of_words, texts, write_causal, write_rows
 
@@ -636,3 +636,28 @@ def test_conversations_in_a_file_for_each_client(chatml, tmp_path):
     assert last["metrics"].keys() == {"perplexity", "accuracy", "rougeL"}
     assert last["metrics"]["perplexity"] < 0.7 * first["metrics"]["perplexity"]
     assert set(last["returned_ranks"]) == {"ann", "bob", "cy"}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_named_template_is_a_chat_template_too(template, begins):
+    """For whoever uses a merged model without us: the same prompts, and the same conversations."""
+    bare, other = of_bytes(begins=begins), of_bytes(begins=begins)
+    begin = bare.decode(opening(bare)) if begins else ""
+    other.chat_template = as_jinja(template, opening=begin)
+    asked = [{"role": "system", "content": 'be "kind"'}, {"role": "user", "content": "who?\n{{ x }}"}]
+    prompt = other.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert prompt == begin + prompt_of(Talk(asked, given=2), bare, template).text
+    talk = Talk(
+        [
+            *asked,
+            {"role": "assistant", "content": "I."},
+            {"role": "user", "content": "So?"},
+            {"role": "assistant", "content": "Yes."},
+        ],
+        given=2,
+    )
+    whole = other.apply_chat_template(talk.messages, tokenize=False)
+    text = begin + "".join(segment.text for segment in segments(talk, bare, template))
+    assert whole.startswith(text)
+    assert whole[len(text) :] == TEMPLATES[template].assistant[1]

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import BertTokenizerFast
 
 from anyrank import data
-from anyrank.data import Labelled, encode, majority, overlap
+from anyrank.data import Labelled, encode, majority, overlap, parts
 from anyrank.data.load import load as load_exactly
 from anyrank.data.stdlib_docs import stdlib_docs
 from anyrank.errors import ConfigError
@@ -412,7 +412,7 @@ def test_test_labels_must_be_known_and_there(tmp_path):
         ("gone.csv", "no such file"),
         ("empty", "expected train.csv or train.json .*found nothing"),
         ("twice", "one file for each part, found train.csv, train.jsonl"),
-        ("notes.txt", "expected a name ending in .csv"),
+        ("notes.md", "expected a name ending in .csv"),
         ("broken.jsonl", "cannot be read .*JSON object"),
         ("broken.parquet", "cannot be read .*Parquet file"),
     ],
@@ -421,7 +421,7 @@ def test_sources_that_are_not_there_or_not_data(tmp_path, source, expected):
     (tmp_path / "empty").mkdir()
     write(tmp_path / "twice" / "train.csv")
     write(tmp_path / "twice" / "train.jsonl")
-    for name in ("notes.txt", "broken.jsonl", "broken.parquet"):
+    for name in ("notes.md", "broken.jsonl", "broken.parquet"):
         (tmp_path / name).write_text('{"text": ')
     with pytest.raises(ConfigError, match=expected):
         load(tmp_path / source)
@@ -548,3 +548,17 @@ def test_real_data_loads(folder, text, label, sizes, names):
 
 def test_the_package_names_what_it_offers():
     assert all(hasattr(data, name) for name in data.__all__)
+
+
+def test_plain_text_has_a_row_for_each_paragraph_and_a_client_for_each_file(tmp_path):
+    (tmp_path / "ann.txt").write_text("one line\nand another\n\n\nthe second paragraph\n", encoding="utf-8")
+    (tmp_path / "bob.txt").write_text("ä third\n", encoding="utf-8")
+    found = parts(str(tmp_path), test=None, as_text=["text"]).train
+    assert list(found["text"]) == ["one line\nand another", "the second paragraph", "ä third"]
+    assert list(found["file"]) == ["ann", "ann", "bob"]
+
+
+def test_a_note_beside_tables_is_no_client(tmp_path):
+    write(tmp_path / "ann.csv")
+    (tmp_path / "notes.txt").write_text("these are ours\n")
+    assert set(parts(str(tmp_path), test=None, as_text=["text"]).train["file"]) == {"ann"}

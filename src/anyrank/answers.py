@@ -23,7 +23,7 @@ from anyrank.local import LOCALS
 from anyrank.pretrained import Pretrained, resolve
 from anyrank.problem import Problem
 from anyrank.problems import PROBLEMS, Given
-from anyrank.problems.chat import Talk, prompt_of
+from anyrank.problems.chat import Talk, as_jinja, prompt_of
 from anyrank.problems.language import CAUSAL
 from anyrank.problems.texts import opening, tokens_of
 from anyrank.record import RunFolder
@@ -255,7 +255,11 @@ def merge(folder: Path, out: Path, *, base: str | None = None) -> None:
         raise ConfigError(f"{folder}: its base is none of transformers' models, which alone can be written as one.")
     found = _base(what, base)
     about = json.dumps(what.about | {"files": None}, indent=2, sort_keys=True) + "\n"
-    hf.write_whole(out, _whole(what, found), hf.load_processor(found, what.about["auto_class"]), {ABOUT: about})
+    processor, template = hf.load_processor(found, what.about["auto_class"]), what.about["problem"].get("template")
+    if template and what.about["form"] != "prompt" and not processor.chat_template:
+        begin = processor.decode(opening(processor)) if opening(processor) else ""
+        processor.chat_template = as_jinja(template, opening=begin)
+    hf.write_whole(out, _whole(what, found), processor, {ABOUT: about})
 
 
 def _whole(what: Finished, base: Pretrained) -> Any:

@@ -141,7 +141,8 @@ def _problem(train: Dataset) -> dict[str, Any]:
     raise ConfigError(
         f"--data: its columns ({', '.join(columns)}) do not tell what is to be learned. Expected messages, or instruction and "
         "response, or prompt and completion, or text and label, or text. Write a recipe that says it (docs/recipes.md), or set "
-        "the problem, such as --set problem.name=classification --set 'problem.text=[\"review\"]'."
+        "the problem, such as --set problem.name=classification --set 'problem.text=[\"review\"]', or --set "
+        'problem.name=instruction --set \'problem.columns={instruction="question", response="answer"}\'.'
     )
 
 

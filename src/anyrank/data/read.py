@@ -4,6 +4,7 @@ import glob
 import hashlib
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,11 +35,12 @@ __all__ = [
     "with_tokens",
 ]
 
-FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 EXPECTED = {
     "csv": "a header line, at least one row, as many fields in each row as in the header; quote texts with commas",
     "json": "at least one row, each a JSON object with the same keys",
     "parquet": "a Parquet file with at least one row",
+    "text": "plain text in UTF-8, paragraphs separated by empty lines",
 }
 SPLITS = ("train", "test", "validation")
 LABEL_NAMES = "label_names.json"
@@ -225,6 +227,8 @@ def _directory(path: Path, columns: tuple[str, ...]) -> dict[str, Dataset]:
     if not by_split and (images := folders_of_images(path)):
         return images
     clients = [file for file in sorted(path.iterdir()) if file.suffix in FORMATS and file.name != LABEL_NAMES]
+    if any(file.suffix != ".txt" for file in clients):  # beside tables a text is a note
+        clients = [file for file in clients if file.suffix != ".txt"]
     if clients and not by_split:
         return {"train": _of_clients(clients, columns)}
     if "train" not in by_split:
@@ -283,10 +287,19 @@ def _file(path: Path, columns: tuple[str, ...]) -> Dataset:
 
 
 def _read(kind: str, path: Path, columns: tuple[str, ...]) -> Dataset:
+    if kind == "text":
+        return _paragraphs(path.read_text(encoding="utf-8"))
     options = _csv_options(columns) if kind == "csv" else {}
     with warnings.catch_warnings(), _silent("datasets", logging.CRITICAL):  # it logs as an error what it raises as well
         warnings.filterwarnings("error", message="Length of header")
         return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
+
+
+def _paragraphs(text: str) -> Dataset:
+    found = [paragraph.strip() for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
+    if not found:
+        raise ValueError("no rows")
+    return Dataset.from_dict({"text": found})
 
 
 def _csv_options(columns: tuple[str, ...]) -> dict[str, Any]:

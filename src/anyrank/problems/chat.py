@@ -1,5 +1,6 @@
 """Conversations: the forms in which people keep them, and how they become text."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ __all__ = [
     "Form",
     "Segment",
     "Talk",
+    "as_jinja",
     "conversation",
     "format_of",
     "prompt_of",
@@ -110,6 +112,28 @@ TEMPLATES: Mapping[str, _Template] = {
     "plain": _Template(("", "\n"), ("", "\n"), ("", "\n")),
 }
 """Prompt templates by name. `alpaca` is that of Stanford Alpaca and FedIT, without its opening sentence."""
+
+
+def as_jinja(template: str, *, opening: str = "") -> str:
+    """A named template as the chat template of a tokenizer, for a model that goes on without us.
+
+    Args:
+        template: a name in `TEMPLATES`.
+        opening: what the tokenizer puts before every text; a chat template has to write it.
+    """
+    chosen = TEMPLATES[template]
+
+    def turn(role: str, *said: str) -> str:
+        before, after = getattr(chosen, role)
+        return "{{ " + " + ".join([json.dumps(before), *said, json.dumps(after)]) + " }}"
+
+    system, user = turn("system", "message['content']"), turn("user", "message['content']")
+    assistant = turn("assistant", "message['content']", "eos_token")
+    return (
+        "{{ " + json.dumps(opening) + " }}{% for message in messages %}"
+        "{% if message['role'] == 'system' %}" + system + "{% elif message['role'] == 'assistant' %}" + assistant + "{% else %}"
+        + user + "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ " + json.dumps(chosen.assistant[0]) + " }}{% endif %}"
+    )  # fmt: skip
 
 
 def format_of(part: Dataset, renamed: Mapping[str, str], *, where: str) -> str:
