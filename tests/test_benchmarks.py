@@ -126,7 +126,7 @@ def test_the_same_work_without_steps_changes_nothing(work):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("flwr") is None, reason="Flower is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Flower's simulation is not installed")
 def test_flower_does_the_same_work(work):
     out = work.folder / "final.safetensors"
     command = [sys.executable, simulate.__file__, "--one", "flower-cached", "--work", work.folder, "--out", out]

@@ -318,8 +318,17 @@ COMMANDS = typer.main.get_command(app)
 assert isinstance(COMMANDS, click.Group)
 
 
+def parameters(command: click.Command) -> list[click.Parameter]:
+    """Of a command, or of all commands of a group."""
+    return [param for each in getattr(command, "commands", {"": command}).values() for param in each.params]
+
+
 def options(command: click.Command) -> set[str]:
-    own = [param for param in command.params if isinstance(param, click.Option)]
+    own = [
+        param
+        for param in (command.params if command is COMMANDS else parameters(command))
+        if isinstance(param, click.Option)
+    ]
     return {text for param in own for text in (*param.opts, *param.secondary_opts)}
 
 
@@ -331,7 +340,7 @@ def section(command: str) -> str:
 def test_every_command_option_and_argument_is_documented(name):
     command, text = COMMANDS.commands[name], section(name)
     assert set(re.findall(r"(?<![\w-])--?[a-z]+(?:-[a-z]+)*", text)) - {"--help"} == options(command) - {"--help"}
-    for param in command.params:
+    for param in parameters(command):
         if isinstance(param, click.Argument):
             assert f"`{(param.metavar or param.name or '').strip('[]').upper()}`" in text
     assert f"`anyrank {name} " in read(ROOT / "README.md")

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 a run or a folder failed, 2 a wrong recipe or option, 130 interrupted.
 """
 
+import importlib.util
 import json
 import os
 import shlex
@@ -295,6 +296,93 @@ def push(
     from anyrank import hub
 
     console.print(f"Uploaded: {hub.push(folder, name, private=private)}", soft_wrap=True)
+
+
+flower = typer.Typer(help="Runs on several machines, through Flower (extra anyrank[flower]).", no_args_is_help=True)
+app.add_typer(flower, name="flower")
+Insecure = Annotated[bool, typer.Option("--insecure", help="Without TLS and keys: on one machine only.")]
+
+
+@flower.command()
+def keys(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where they are kept.")],
+    host: Annotated[list[str], typer.Option(help="A name or address of the server. Repeatable.")] = [],  # noqa: B006
+    client: Annotated[list[str], typer.Option(help="A client's name. Repeatable.")] = [],  # noqa: B006
+) -> None:
+    """Make an authority, the server's certificate, and a key for each client; what is there is kept."""
+    _need_flower()
+    from anyrank.flower.keys import make_keys
+
+    for file in make_keys(folder, hosts=host, clients=client):
+        console.print(f"written: {file}", soft_wrap=True)
+
+
+@flower.command()
+def server(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML recipe.")],
+    out: Annotated[Path, typer.Option(help="The run folder; a run that is there is gone on with.")],
+    keys: Annotated[Path | None, typer.Option(help="What `anyrank flower keys` made.")] = None,
+    host: Annotated[str, typer.Option(help="Where clients reach the server; 0.0.0.0 for everywhere.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 9443,
+    settings: Settings = [],  # noqa: B006
+    clients: Annotated[int, typer.Option(min=0, help="How many to wait for; 0: as many as a round samples.")] = 0,
+    deadline: Annotated[float, typer.Option(min=0, help="Seconds for a round; 0: the recipe's, if any.")] = 0.0,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for clients; 0: as long as it takes.")] = 0.0,
+    compression: Annotated[str, typer.Option(help="none, fp16 or int8.")] = "none",
+    insecure: Insecure = False,
+) -> None:
+    """Play a recipe with clients on other machines."""
+    _need_flower()
+    from anyrank.flower.commands import serve
+
+    if (keys is None) != insecure:
+        raise ConfigError("expected one of --keys DIR and --insecure.")
+    done = serve(
+        recipe,
+        out,
+        keys=keys,
+        host=host,
+        port=port,
+        settings=settings,
+        clients=clients,
+        deadline=deadline,
+        patience=patience,
+        compression=compression,
+    )
+    if not done:
+        raise TransportError(
+            f"the run did not end well; the same command goes on with it. Flower's log: {out}.flower/superlink.log"
+        )
+
+
+@flower.command()
+def client(
+    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="The server.")],
+    data: Annotated[str, typer.Option(help="This client's examples: a file, or a folder with a train file.")],
+    name: Annotated[str, typer.Option(help="This client's name, another one for each.")],
+    ca: Annotated[Path | None, typer.Option(help="The authority's certificate, ca.crt.")] = None,
+    key: Annotated[Path | None, typer.Option(help="This client's private key.")] = None,
+    device: Annotated[str | None, typer.Option(help="Its device class, one of the recipe's.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="What `anyrank probe` printed, in place of a class.")] = None,
+    state: Annotated[Path | None, typer.Option(help="A folder for what it keeps.")] = None,
+    insecure: Insecure = False,
+) -> None:
+    """Take part with this machine's data, until interrupted."""
+    _need_flower()
+    from anyrank.flower.commands import join
+
+    if insecure and (ca or key):
+        raise ConfigError("--insecure goes without --ca and --key.")
+    if not insecure and not (ca and key):
+        raise ConfigError(
+            "--ca and --key are missing: the files ca.crt and clients/NAME that `anyrank flower keys` made."
+        )
+    sys.exit(join(server, name=name, data=data, ca=ca, key=key, device=device, profile=profile, state=state))
+
+
+def _need_flower() -> None:
+    if importlib.util.find_spec("flwr") is None:
+        raise ConfigError("Flower is not installed; install it with `pip install 'anyrank[flower]'`.")
 
 
 def main() -> None:
