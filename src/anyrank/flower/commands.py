@@ -121,9 +121,9 @@ def _played(
         "compression": compression,
     }
     said = " ".join(f"{key}={json.dumps(value)}" for key, value in chosen.items())
+    before = {run["run-id"] for run in _runs(env)}  # of a server that is started anew
     subprocess.run([_program("flwr"), "run", str(APP), _LINK, "--stream", "-c", said], env=env, check=True)
-    last = max(_runs(env), key=lambda run: run.get("pending-at", run.get("run-id", "")))
-    return last["status"] == "finished:completed"
+    return all(run["status"] == "finished:completed" for run in _runs(env) if run["run-id"] not in before)
 
 
 def _runs(env: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -134,7 +134,7 @@ def _runs(env: Mapping[str, str]) -> list[dict[str, Any]]:
             [_program("flwr"), "ls", _LINK, "--format", "json"], env=env, check=True, capture_output=True, text=True
         )
         runs = json.loads(found.stdout)["runs"]
-        if runs and all(run["status"].startswith("finished") for run in runs):
+        if all(run["status"].startswith("finished") for run in runs):
             return runs
         time.sleep(0.2)
     return runs
