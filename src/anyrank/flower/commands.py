@@ -123,7 +123,7 @@ def _played(
     said = " ".join(f"{key}={json.dumps(value)}" for key, value in chosen.items())
     before = {run["run-id"] for run in _runs(env)}  # of a server that is started anew
     subprocess.run([_program("flwr"), "run", str(APP), _LINK, "--stream", "-c", said], env=env, check=True)
-    return all(run["status"] == "finished:completed" for run in _runs(env) if run["run-id"] not in before)
+    return [run["status"] for run in _runs(env) if run["run-id"] not in before] == ["finished:completed"]
 
 
 def _runs(env: Mapping[str, str]) -> list[dict[str, Any]]:
