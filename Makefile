@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-slow check format bench clean
+.PHONY: help setup demo test test-slow test-flower check format bench clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -27,13 +27,16 @@ test: .venv/installed  ## The default test suite
 test-slow: .venv/installed  ## The long tests: kills and resumes, memory, the whole default recipe
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
 
+test-flower: .venv/installed  ## A federation of real processes on this machine: TLS, keys, kills and resumes
+	$(BIN)/python -m pytest -m flower
+
 check: .venv/installed  ## Format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 
-bench: .venv/installed  ## All benchmarks, an hour on two idle cores; the peer that runs on Flower needs the extra anyrank[bench]
-	for name in aggregate simulate scale depth; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+bench: .venv/installed  ## All benchmarks, two hours on two idle cores; the peer that runs on Flower needs the extra anyrank[bench]
+	for name in aggregate simulate scale depth deploy; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/tables.py
 
 format: .venv/installed  ## Put the code into its format

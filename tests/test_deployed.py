@@ -1,22 +1,27 @@
 """The two halves of a run on several machines, with letters handed over in this process."""
 
+import io
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file
 
 import anyrank
 from anyrank.config import Recipe
+from anyrank.display import summary
 from anyrank.errors import RecordError, RoundFailed, TransportError
-from anyrank.federation import Profile
+from anyrank.federation import Profile, Times
+from anyrank.flower import server
 from anyrank.flower.letter import Letter
 from anyrank.flower.server import Clients, play
 from anyrank.flower.site import Site
 from anyrank.record import RunFolder
+from anyrank.wire import decode
 from tiny import recipe_toml, write_model, write_reviews
 
 NAMES = ("bay", "cove", "dune")
@@ -28,11 +33,12 @@ class ByHand:
 
     sites: dict[int, Site]
     gone: set[int] = field(default_factory=set)
+    deaf: dict[int, list[tuple[str, Letter]]] = field(default_factory=dict)
     asked: list[tuple[int, str]] = field(default_factory=list)
     answers: dict[str, Letter] = field(default_factory=dict)
     before: Callable[[int, Letter], Letter | None] = lambda node, letter: None
 
-    def nodes(self) -> Collection[int]:
+    def nodes(self) -> Set[int]:
         return self.sites.keys() - self.gone
 
     def send(self, letters: Mapping[int, Letter]) -> Mapping[str, int]:
@@ -42,10 +48,17 @@ class ByHand:
             numbers[number] = node
             self.asked.append((node, letter.values["ask"]))
             answer = self.before(node, letter)
-            if node not in self.gone:
+            if node in self.deaf:
+                self.deaf[node].append((number, letter))
+            elif node not in self.gone:
                 answer = answer or self.sites[node].answer(Letter.unpacked(letter.packed()))
                 self.answers[number] = Letter.unpacked(answer.packed())
         return numbers
+
+    def hear(self, node: int) -> None:
+        """A node that has been deaf answers all that it was sent."""
+        for number, letter in self.deaf.pop(node):
+            self.answers[number] = self.sites[node].answer(letter)
 
     def collect(self, numbers: Collection[str]) -> Mapping[str, Letter]:
         return {number: self.answers.pop(number) for number in [*numbers] if number in self.answers}
@@ -79,7 +92,7 @@ def recipe_of(material: Path, method: str = "hetlora", **changes: Any) -> Recipe
 
 def sites_of(material: Path, folder: Path, kinds: Mapping[str, str]) -> dict[int, Site]:
     return {
-        100 + i: Site(name, str(material / "clients" / f"{name}.csv"), folder / name, kind=kinds[name])
+        100 + i: Site(name, str(material / "clients" / f"{name}.csv"), folder / name / "runs", kind=kinds[name])
         for i, name in enumerate(NAMES)
     }
 
@@ -87,9 +100,15 @@ def sites_of(material: Path, folder: Path, kinds: Mapping[str, str]) -> dict[int
 def deployed(recipe: Recipe, post: ByHand, out: Path, **settings: Any) -> tuple[RunFolder, Clients, list[str]]:
     remarks: list[str] = []
     clients = Clients(
-        post, recipe, run="a-run", deadline=0.2 if post.gone else None, noticed=remarks.append, **settings
+        post,
+        recipe,
+        run="a-run",
+        deadline=0.2 if post.gone else None,
+        patience=20.0,
+        noticed=remarks.append,
+        **settings,
     )
-    return play(recipe, out, clients, count=3 - len(post.gone), patience=20.0), clients, remarks
+    return play(recipe, out, clients, count=3 - len(post.gone)), clients, remarks
 
 
 def without_times(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,7 +153,13 @@ def test_a_deployed_run_is_the_run_in_one_process(material, tmp_path, method):
             {k: v for k, v in without_times(found).items() if k not in dropped},
             {k: v for k, v in without_times(expected).items() if k not in dropped},
         )
-    if not personal:
+    if personal:  # each has its own, and nobody else does
+        for name in NAMES:
+            mine = load_file(tmp_path / "sites" / name / "adapters" / "a-run" / "adapter_model.safetensors")
+            expected = load_file(whole.path / "clients" / name / "adapter_model.safetensors")
+            assert mine.keys() == expected.keys()
+            assert all(mine[key].allclose(expected[key], atol=1e-5) for key in mine)
+    else:
         for name in ("adapter", "classes/rank-1") if method not in ("galore",) else ("adapter",):
             one, other = (load_file(r.path / name / "adapter_model.safetensors") for r in (run, whole))
             assert one.keys() == other.keys()
@@ -183,6 +208,27 @@ def test_who_is_gone_costs_the_deadline_and_comes_back(material, tmp_path):
     assert "0.3 s" in second["rejected"][0]["reason"]
     assert third["planned_ranks"].keys() == {"bay", "dune"}
     assert not fourth["rejected"]
+
+
+def test_who_misses_a_deadline_is_not_waited_for_until_it_answers(material, tmp_path):
+    """Flower takes a minute to notice that a node is gone."""
+    post = ByHand(sites_of(material, tmp_path / "sites", KINDS))
+    recipe = recipe_of(material, "flora", rounds=5, **{"evaluate.every": 1})
+
+    def deaf_from_2_to_3(node: int, letter: Letter) -> None:
+        if letter.values.get("round") == 2 and letter.values.get("kind") == "train":
+            post.deaf.setdefault(101, [])
+        elif letter.values.get("round") == 3 and letter.values.get("kind") == "evaluate" and 101 in post.deaf:
+            assert [letter.values["ask"] for _, letter in post.deaf[101]] == ["task", "hello"]
+            post.hear(101)
+
+    post.before = deaf_from_2_to_3
+    run = play(recipe, tmp_path / "run", Clients(post, recipe, run="r", deadline=0.5), count=3)
+    records = run.records()
+    assert [(f["client"], f["stage"]) for f in records[1]["rejected"]] == [("cove", "late")]
+    assert [sorted(record["planned_ranks"]) for record in records[2:]] == [["bay", "dune"], [*NAMES], [*NAMES]]
+    assert [record["federated"]["clients"] for record in records] == [3, 2, 2, 3, 3]
+    assert sum(f["stage"] == "late" for record in records for f in record["rejected"]) == 1
 
 
 def test_a_client_that_comes_late_takes_part(material, tmp_path):
@@ -296,7 +342,7 @@ def test_a_server_that_was_killed_goes_on(material, tmp_path):
         deployed(recipe, post, tmp_path / "run")
     assert len(RunFolder.open(tmp_path / "run").records()) == 2
     again = sites_of(material, tmp_path / "b", KINDS)
-    shutil.rmtree(tmp_path / "b" / "dune")  # all that it held is lost
+    shutil.rmtree(tmp_path / "b" / "dune" / "runs")  # all that it held is lost
     run, _, _ = deployed(recipe, ByHand({100: sites[100], 101: again[101], 102: again[102]}), tmp_path / "run")
     for found, expected in zip(run.records(), whole.records(), strict=True):
         # In round 3 the folds are sent once more, which takes time.
@@ -316,15 +362,237 @@ def test_a_folder_of_another_recipe_or_model_is_not_gone_on_with(material, tmp_p
         deployed(other, ByHand(sites_of(material, tmp_path / "b", KINDS)), tmp_path / "run")
 
 
+def test_a_run_that_is_done_needs_nobody(material, tmp_path):
+    recipe = recipe_of(material, rounds=1)
+    done, _, _ = deployed(recipe, ByHand(sites_of(material, tmp_path / "a", KINDS)), tmp_path / "run")
+    again, clients, _ = deployed(recipe, ByHand({}), tmp_path / "run")
+    assert again.records() == done.records()
+    assert not clients.post.asked
+
+
 def test_nobody_comes(material, tmp_path):
     recipe = recipe_of(material)
     with pytest.raises(TransportError, match=r"0 of 3 clients came within 0\.2 s"):
-        play(recipe, tmp_path / "run", Clients(ByHand({}), recipe, run="r"), count=3, patience=0.2)
+        play(recipe, tmp_path / "run", Clients(ByHand({}), recipe, run="r", patience=0.2), count=3)
 
 
-def test_nobody_answers(material, tmp_path):
+def test_nobody_answers_and_nobody_comes_back(material, tmp_path):
     post = ByHand(sites_of(material, tmp_path / "sites", KINDS))
     post.before = lambda node, letter: post.gone.add(node) if letter.values["ask"] == "task" else None
-    recipe = recipe_of(material)
-    with pytest.raises(RoundFailed, match=r"no reply within 0\.2 s"):
-        play(recipe, tmp_path / "run", Clients(post, recipe, run="r", deadline=0.2), count=3)
+    recipe, remarks = recipe_of(material), list[str]()
+    with pytest.raises(TransportError, match=r"0 of 1 clients came within 0\.3 s"):
+        play(
+            recipe,
+            tmp_path / "run",
+            Clients(post, recipe, run="r", deadline=0.2, patience=0.3, noticed=remarks.append),
+            count=3,
+        )
+    assert any("round 1: none of 3 clients" in said and "no reply within 0.2 s" in said for said in remarks)
+
+
+def test_a_round_below_the_quorum_is_played_again(material, tmp_path):
+    """With those who are there then, as if it had never been played before."""
+    recipe = recipe_of(material, "fedex_lora", rounds=3, **{"server.quorum": 3})
+    whole, _, _ = deployed(recipe, ByHand(sites_of(material, tmp_path / "a", KINDS)), tmp_path / "whole")
+    post, away = ByHand(sites_of(material, tmp_path / "b", KINDS)), list[int]()
+
+    def loses_one_once(node: int, letter: Letter) -> None:
+        if letter.values.get("round") == 2 and letter.values["kind"] == "train" and node == 101 and not away:
+            away.append(node)
+            post.gone.add(node)
+        elif post.gone and letter.values["ask"] == "hello":
+            post.gone.clear()
+
+    post.before = loses_one_once
+    remarks = list[str]()
+    clients = Clients(post, recipe, run="r", deadline=0.3, patience=20.0, noticed=remarks.append)
+    run = play(recipe, tmp_path / "run", clients, count=3)
+    assert any("2 of 3 clients returned a valid update, and server.quorum asks for 3" in said for said in remarks)
+    assert away
+    for found, expected in zip(run.records(), whole.records(), strict=True):
+        differ = (
+            {"bytes_down", "simulated_seconds"} if found["round"] >= 2 else set()
+        )  # the folds have been sent before
+        assert_alike(
+            {k: v for k, v in without_times(found).items() if k not in differ},
+            {k: v for k, v in without_times(expected).items() if k not in differ},
+        )
+
+
+def test_a_round_that_never_has_a_quorum_ends_the_run(material, tmp_path):
+    post = ByHand(sites_of(material, tmp_path / "sites", KINDS), before=garbage)
+    recipe = recipe_of(material, **{"server.quorum": 3})
+    with pytest.raises(RoundFailed, match="2 of 3 clients returned a valid update, and server"):
+        play(recipe, tmp_path / "run", Clients(post, recipe, run="r"), count=3)
+    assert sum(asked == "hello" for _, asked in post.asked) == 9  # it was tried three times
+
+
+def test_measured_times_are_those_that_allocation_goes_by(material, tmp_path):
+    def slow(node: int, letter: Letter) -> Letter | None:
+        if letter.values["ask"] != "task":
+            return None
+        answer = post.sites[node].answer(letter)
+        return Letter({**answer.values, "seconds": 100.0 if node == 100 else 1.0}, answer.payload)
+
+    post = ByHand(sites_of(material, tmp_path / "sites", dict.fromkeys(NAMES, "weak")), before=slow)
+    recipe = recipe_of(material, "legend", rounds=1)
+    run, _, _ = deployed(recipe, post, tmp_path / "run", measured=True)
+    _, header = decode((run.path / "checkpoint" / "state.safetensors").read_bytes())
+    times = {client: Times(**learned["times"]) for client, learned in header["fleet"].items()}
+    assert times["bay"].forward == pytest.approx(100 * times["cove"].forward)
+    assert times["bay"].backward == pytest.approx(100 * times["cove"].backward)
+    assert times["bay"].up == times["cove"].up
+
+
+# --- what strangers and accidents do ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ask", "spoilt"),
+    [
+        ("hello", {"client": 5}),
+        ("hello", {"client": "../x"}),
+        ("hello", {"client": "a\x1b[2Jb"}),
+        ("hello", {"num_examples": "many"}),
+        ("hello", {"num_examples": -200}),
+        ("hello", {"num_examples": float("nan")}),
+        ("hello", {"num_examples": 10**12}),
+        ("hello", {"folds": float("inf")}),
+        ("hello", {"kind": ["weak"]}),
+        ("hello", {"label_names": 5}),
+        ("hello", {"label_names": [["a"]]}),
+        ("hello", {"label_names": [str(i) for i in range(2000)]}),
+        ("hello", {"label_names": ["a\ud800"]}),
+        ("hello", {"profile": {"x": 1}}),
+        ("hello", {"profile": dict.fromkeys(vars(Profile(1.0, 1.0, 1.0, 1.0, 1.0)), 0.0)}),
+        ("agree", {"labels": 5}),
+        ("agree", {"labels": [-1]}),
+        ("agree", {"layers": [{"name": "x"}]}),
+        ("agree", {"outline": None}),
+        ("agree", {"cost": []}),
+    ],
+)
+def test_a_stranger_is_not_let_in_and_the_others_play(material, tmp_path, ask, spoilt):
+    sites = sites_of(material, tmp_path / "sites", KINDS)
+
+    def spoil(node: int, letter: Letter) -> Letter | None:
+        if node != 102 or letter.values["ask"] != ask:
+            return None
+        answer = sites[102].answer(letter)
+        return Letter({**answer.values, **spoilt}, answer.payload)
+
+    post, recipe, remarks = ByHand(sites, before=spoil), recipe_of(material, rounds=1), list[str]()
+    run = play(recipe, tmp_path / "run", Clients(post, recipe, run="r", noticed=remarks.append), count=2)
+    assert sorted(run.records()[0]["returned_ranks"]) == ["bay", "cove"]
+    assert sum("is not let in: its answer cannot be read" in remark for remark in remarks) == 1
+    assert all(remark.isprintable() for remark in remarks)
+
+
+def test_the_labels_are_those_of_all_whoever_comes_first(material, tmp_path):
+    """And a run that is gone on with keeps them, also when who had one of them is away."""
+    file = tmp_path / "more.csv"
+    file.write_text((material / "clients" / "dune.csv").read_text() + "critic-0,the film was fine,unsure\n" * 5)
+    recipe = recipe_of(material, rounds=3)
+
+    def sites(folder: str) -> dict[int, Site]:
+        found = sites_of(material, tmp_path / folder, KINDS)
+        found[102].source = str(file)
+        return found
+
+    whole, _, _ = deployed(recipe, ByHand(sites("a")), tmp_path / "whole")
+    assert whole.info["data"]["label_names"] == ["kind", "unkind", "unsure"]
+    post = ByHand(sites("b"))
+
+    def killed(node: int, letter: Letter) -> None:
+        if letter.values.get("round") == 2 and node == 101:
+            raise KeyboardInterrupt
+
+    post.before = killed
+    with pytest.raises(KeyboardInterrupt):
+        deployed(recipe, post, tmp_path / "run")
+    again = ByHand({node: site for node, site in sites("c").items() if node != 102})
+    run = play(recipe, tmp_path / "run", Clients(again, recipe, run="a-run"), count=2)
+    assert run.info["data"]["label_names"] == ["kind", "unkind", "unsure"]
+    assert [sorted(record["returned_ranks"]) for record in run.records()[1:]] == [["bay", "cove"]] * 2
+
+
+def test_a_client_that_is_new_when_a_run_is_gone_on_with_is_part_of_it(material, tmp_path):
+    recipe, sites = recipe_of(material, rounds=3), sites_of(material, tmp_path / "a", KINDS)
+    two = ByHand({node: site for node, site in sites.items() if node != 102})
+
+    def killed(node: int, letter: Letter) -> None:
+        if letter.values.get("round") == 2 and node == 101:
+            raise KeyboardInterrupt
+
+    two.before = killed
+    with pytest.raises(KeyboardInterrupt):
+        play(recipe, tmp_path / "run", Clients(two, recipe, run="r"), count=2)
+    run = play(recipe, tmp_path / "run", Clients(ByHand(sites), recipe, run="r"), count=3)
+    assert sorted(run.info["fleet"]) == [*NAMES]
+    assert "dune" in run.records()[-1]["returned_ranks"]
+    assert "".join(map(str, summary(RunFolder.open(run.path))))
+
+
+def test_two_servers_do_not_play_into_one_folder(material, tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "_LEFT_OVER", 0.3)
+    recipe = recipe_of(material, rounds=1)
+    post = ByHand(sites_of(material, tmp_path / "a", KINDS))
+
+    def second(node: int, letter: Letter) -> None:
+        if letter.values["ask"] == "task" and node == 100:
+            with pytest.raises(RecordError, match="is being played into by another server"):
+                play(recipe, tmp_path / "run", Clients(ByHand({}), recipe, run="r", patience=0.1), count=1)
+
+    post.before = second
+    deployed(recipe, post, tmp_path / "run")
+
+
+def test_who_was_refused_is_let_in_when_it_is_mended(material, tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "_REFUSED", 0.0)
+    sites = sites_of(material, tmp_path / "a", KINDS)
+    sites[102].kind = "huge"
+    post, recipe, remarks = ByHand(sites), recipe_of(material, rounds=3), list[str]()
+
+    def mend(node: int, letter: Letter) -> None:
+        if letter.values.get("round") == 2:
+            sites[102].kind = "weak"
+
+    post.before = mend
+    run = play(recipe, tmp_path / "run", Clients(post, recipe, run="r", noticed=remarks.append), count=2)
+    assert sum("dune is not let in" in remark for remark in remarks) == 1  # and not at every try
+    assert [len(record["returned_ranks"]) for record in run.records()] == [2, 2, 3]
+
+
+def test_a_name_belongs_to_its_key_and_a_node_has_one_name(material, tmp_path):
+    sites = sites_of(material, tmp_path / "a", KINDS)
+    sites[100].client = "cove"  # it comes first
+    post, recipe, remarks = ByHand(sites), recipe_of(material, rounds=1), list[str]()
+    names = {100 + i: name for i, name in enumerate(NAMES)}
+    clients = Clients(post, recipe, run="r", noticed=remarks.append, name_of=names.get)
+    run = play(recipe, tmp_path / "run", clients, count=2)
+    assert sorted(run.records()[0]["returned_ranks"]) == ["cove", "dune"]
+    assert any("its key is that of bay" in remark for remark in remarks)
+    assert clients.node_of == {"cove": 101, "dune": 102}
+
+
+def test_a_method_without_less_for_whoever_runs_out_of_memory_goes_on_without_it(material, tmp_path):
+    def too_large(node: int, letter: Letter) -> Letter | None:
+        return (
+            Letter({"error": "out of memory", "too_large": True}) if node == 101 and "round" in letter.values else None
+        )
+
+    post, remarks = ByHand(sites_of(material, tmp_path / "a", KINDS), before=too_large), list[str]()
+    recipe = recipe_of(material, "fedavg", rounds=4)
+    run = play(recipe, tmp_path / "run", Clients(post, recipe, run="r", noticed=remarks.append), count=3)
+    assert "cove" not in run.records()[-1]["planned_ranks"]
+    assert any("runs out of memory at rank" in remark for remark in remarks)
+
+
+def test_a_profile_without_a_device_class_is_shown(material, tmp_path):
+    sites = sites_of(material, tmp_path / "sites", KINDS)
+    sites[102].kind, sites[102].profile = "", Profile(1e10, 1e10, 1e9, 1e6, 1e6)
+    recipe = recipe_of(material, "hlora", **{"ranks.name": "auto", "ranks.largest": 8, "rounds": 1})
+    run, _, _ = deployed(recipe, ByHand(sites), tmp_path / "run")
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(*summary(run))
+    assert "of its own" in console.export_text()

@@ -1,6 +1,6 @@
 """The round loop, with clients that answer from a function: no model, no data."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -305,6 +305,52 @@ def test_dense_tensors_take_the_servers_step():
     assert_close(after.state.adapter.dense["head"], 0.5 * mean + 0.5 * SPEC.start.dense["head"], 1e-6)
 
 
+UNSOUND = {
+    "no metric": (10, {"loss": 1.0}),
+    "a metric without bounds": (10, {"loss": 1.0, "accuracy": 1.7e308}),
+    "an infinite metric": (10, {"loss": 1.0, "accuracy": float("inf")}),
+    "another one that is no number": (10, {"loss": float("nan"), "accuracy": 1.0}),
+    "less than nothing": (-10, {"loss": 1.0, "accuracy": 1.0}),
+    "more examples than there can be": (10**400, {"loss": 1.0, "accuracy": 1.0}),
+}
+
+
+@dataclass
+class Unsound(Clients):
+    """One of the clients, or all, answer evaluations in their own way."""
+
+    who: Sequence[str] = ()
+    answered: tuple[int, Mapping[str, float]] = (1, {})
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[Update | Failure]:
+        for reply in super().run(tasks):
+            odd = isinstance(reply, Update) and reply.adapter is None and reply.client in self.who
+            yield replace(reply, num_examples=self.answered[0], metrics=self.answered[1]) if odd else reply
+
+
+@pytest.mark.parametrize("score", [None, lambda adapter, at_end: Score(1.0, {"accuracy": 0.5}, 7)])
+@pytest.mark.parametrize("answered", UNSOUND.values(), ids=UNSOUND.keys())
+def test_an_answer_that_cannot_enter_the_mean_is_left_out(answered, score):
+    (found,) = play(federation(Unsound(who=["dan"], answered=answered), rounds=1, score=score))
+    federated = found.record["federated"]
+    assert federated["clients"] == 3
+    assert federated["score"] == pytest.approx((10 * 1 + 20 * 2 + 30 * 4) / 4 / 60)
+    (found,) = play(federation(Unsound(who=list(RANKS), answered=answered), rounds=1, score=score))
+    assert found.record["federated"] is None
+
+
+@pytest.mark.parametrize("name", ["ring", "gossip"])
+def test_a_peer_that_comes_late_starts_from_the_mean_of_the_others(name):
+    clients, fleet = Clients(), {client: replace(device, rank=2) for client, device in FLEET.items()}
+    run = federation(clients, topology=TOPOLOGIES[name](), method=METHODS["fedavg"]())
+    run = replace(run, meet=lambda known: (fleet, fleet) if clients.asked else (known, known))
+    after = play(run, beginning(run, {client: fleet[client] for client in ("ann", "bob", "cat")}))
+    assert list(after[0].peers) == ["ann", "bob", "cat"]
+    assert list(after[-1].peers) == list(RANKS)
+    (first,) = [task for task in clients.asked if (task.plan.client, task.round, task.kind) == ("dan", 2, "train")]
+    assert_same(first.start, after[0].state.adapter)
+
+
 # --- what goes wrong ----------------------------------------------------------------------------------------------
 
 
@@ -314,6 +360,10 @@ def with_nan(task: Task) -> Update:
 
 def too_large(task: Task) -> Update:
     return replace(answer(task), adapter=moved(task).map(lambda tensor: tensor * 1e6))
+
+
+def with_head(value: float) -> Callable[[Task], Update]:
+    return lambda task: replace(answer(task), adapter=Adapter(moved(task).layers, {"head": torch.full((2, 3), value)}))
 
 
 WRONG = {
@@ -336,6 +386,13 @@ WRONG = {
         "round: is 0; the task's is 1",
     ),
     "a norm far above the others": (too_large, "rejected", "layer 0: product norm"),
+    "a head far above the others": (with_head(1e5), "rejected", "dense/head: norm 2.45e+05 is over 1000 times"),
+    "a head without bounds": (with_head(3e38), "rejected", "dense/head: its norm is not finite"),
+    "a loss without bounds": (
+        lambda task: replace(answer(task), metrics={"loss": 1.7e308}),
+        "rejected",
+        "loss: is 1.7e+308; expected a finite number below 1e+30",
+    ),
 }
 
 

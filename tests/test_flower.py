@@ -1,26 +1,52 @@
 """The parts of a federation over Flower that can be tried without starting it: keys, the door, letters, the warm worker."""
 
+import fcntl
 import http.server
+import json
 import os
+import shutil
+import signal
+import socket
 import ssl
+import subprocess
+import sys
 import threading
+import time
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import pytest
+import typer
+import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
 pytest.importorskip("flwr")
 
-from anyrank.errors import ConfigError
+from flwr.common.config import parse_config_args
+from typer.testing import CliRunner
+
+import anyrank.flower.guard
+import anyrank.flower.join
+import anyrank.flower.keys
+import anyrank.flower.link
+import anyrank.flower.programs
+from anyrank import cli
+from anyrank.errors import ConfigError, TransportError
 from anyrank.flower.client_app import settings_of
-from anyrank.flower.commands import join, serve
 from anyrank.flower.grid import from_flower, to_flower
 from anyrank.flower.guard import Guard
+from anyrank.flower.join import _quoted, _take_part, join
 from anyrank.flower.keys import make_keys
 from anyrank.flower.letter import Letter
-from anyrank.flower.worker import ask
+from anyrank.flower.link import Order, _Members, serving, status
+from anyrank.flower.programs import environment, running
+from anyrank.flower.worker import _socket, ask
 from tiny import recipe_toml, write_model, write_reviews
 
 
@@ -54,8 +80,25 @@ def test_keys_are_private_fit_each_other_and_are_kept(tmp_path):
 def test_keys_need_a_host_and_names_that_are_names(tmp_path):
     with pytest.raises(ConfigError, match="--host"):
         make_keys(tmp_path / "a", hosts=[], clients=[])
-    with pytest.raises(ConfigError, match="can be a file's"):
-        make_keys(tmp_path / "b", hosts=["h"], clients=["../x"])
+    for name in ("../x", "", ".x", "a/b", "x" * 101, "语" * 90, "a.pub", 'a"b', "a\n"):
+        with pytest.raises(ConfigError, match="expected up to 100 letters"):
+            make_keys(tmp_path / "b", hosts=["h"], clients=[name])
+    for host in ("", "a b", "a..b", "ä" * 70, "\ud800"):
+        with pytest.raises(ConfigError, match="expected a name or an address"):
+            make_keys(tmp_path / "b", hosts=[host], clients=[])
+
+
+def test_new_names_of_the_server_are_added_to_the_old_ones(tmp_path):
+    def names() -> list[str]:
+        found = x509.load_pem_x509_certificate((tmp_path / "server.crt").read_bytes())
+        named = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        return [*named.get_values_for_type(x509.DNSName), *map(str, named.get_values_for_type(x509.IPAddress))]
+
+    make_keys(tmp_path, hosts=["fed.example.org", "10.0.0.5"], clients=["Zoë Ähm"])
+    make_keys(tmp_path, hosts=["bücher.example"], clients=[])
+    assert names() == ["xn--bcher-kva.example", "fed.example.org", "10.0.0.5", "127.0.0.1"]
+    ca, server = (x509.load_pem_x509_certificate((tmp_path / f"{name}.crt").read_bytes()) for name in ("ca", "server"))
+    assert ca.not_valid_after_utc - server.not_valid_after_utc > timedelta(days=10 * 365)
 
 
 # --- the door -----------------------------------------------------------------------------------------------------
@@ -64,7 +107,10 @@ def test_keys_need_a_host_and_names_that_are_names(tmp_path):
 class Echo(http.server.BaseHTTPRequestHandler):
     """Answers with the path and the body, and the header `x-node`."""
 
+    seen: ClassVar[list[str]] = []
+
     def do_POST(self):
+        self.seen[:] = [name.lower() for name in self.headers]
         body = self.rfile.read(int(self.headers["content-length"]))
         answer = self.path.encode() + b" " + self.headers["x-node"].encode() + b" " + body
         self.send_response(207)
@@ -97,8 +143,34 @@ def test_only_what_clients_ask_for_goes_through_the_door(tmp_path, secure):
                 assert (found.status_code, found.content) == (207, b"/v1/fleet/push-object 7 " + large)
                 for path in ("/v1/control/start-run", "/v1/runtime/get-nodes", "/", "/v1/fleet/../control/start-run"):
                     assert client.post(path, headers={"x-node": "7"}).status_code == 403
+                for odd in ("%00", "a%0d", "%252e%252e/control/start-run", "a/b", "", "a?b=c", "A", "a\u0430"):
+                    assert client.post(f"/v1/fleet/{odd}", headers={"x-node": "7"}).status_code == 403
                 assert client.get("/v1/fleet/pull-messages").status_code == 403
+                claims = {
+                    "x-forwarded-for": "10.0.0.1",
+                    "forwarded": "for=x",
+                    "x-odd": "1",
+                    "connection": "close, X-Odd",
+                }
+                assert client.post("/v1/fleet/pull", headers={"x-node": "7", **claims}).status_code == 207
+                assert "x-node" in Echo.seen
+                assert not {"x-forwarded-for", "forwarded", "x-odd"} & {*Echo.seen}
+                assert client.post("/v1/fleet/pull", content=bytes(2**24 + 1)).status_code == 413
         inner.shutdown()
+
+
+def test_the_door_waits_only_so_long_and_for_so_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(anyrank.flower.guard, "_PATIENCE", 1.0)
+    monkeypatch.setattr(anyrank.flower.guard, "_AT_ONCE", 1)
+    port = free_port()
+    with Guard("127.0.0.1", port, "127.0.0.1:1", None), socket.create_connection(("127.0.0.1", port)) as slow:
+        slow.sendall(b"POST /v1/fleet/push HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\nabc")
+        time.sleep(0.2)
+        assert httpx.post(f"http://127.0.0.1:{port}/v1/fleet/push", trust_env=False).text == "too many requests at once"
+        slow.settimeout(20)
+        assert slow.recv(1000).startswith(b"HTTP/1.1 408")
+        found = httpx.post(f"http://127.0.0.1:{port}/v1/fleet/push", trust_env=False)
+        assert found.text == "the server is not there"
 
 
 # --- letters and the worker ---------------------------------------------------------------------------------------
@@ -129,6 +201,10 @@ def test_what_a_node_says_of_its_client(tmp_path):
         settings_of({"client": "ann"}, 7)
     with pytest.raises(ConfigError, match="anyrank probe"):
         settings_of(node | {"profile": "/nowhere"}, 7)
+    for odd in ("0.0", "-1.0", "nan", "inf"):
+        profile.write_text("[devices.here]\n" + "\n".join(f"{key} = {odd}" for key in numbers))
+        with pytest.raises(ConfigError, match="expected a number above 0"):
+            settings_of(node, 7)
 
 
 @pytest.mark.filterwarnings(
@@ -138,8 +214,6 @@ def test_a_worker_starts_stays_and_ends_with_the_run(tmp_path):
     """The same process answers twice; a question without the key is not answered; after the end another one starts."""
     file = tmp_path / "recipe.toml"
     file.write_text(recipe_toml(write_model(tmp_path / "model"), write_reviews(tmp_path / "reviews.csv", rows=20)))
-    import anyrank
-
     recipe = anyrank.load_recipe(file).model_dump(mode="json")
     settings = {
         "client": "ann",
@@ -163,38 +237,281 @@ def test_a_worker_starts_stays_and_ends_with_the_run(tmp_path):
     assert (tmp_path / "state" / "key").stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
+)  # they outlive who started them
+def test_a_worker_with_other_settings_takes_the_place_of_the_one_before(tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text(recipe_toml(write_model(tmp_path / "model"), write_reviews(tmp_path / "reviews.csv", rows=20)))
+    recipe = anyrank.load_recipe(file).model_dump(mode="json")
+    hello = Letter({"ask": "hello", "run": "r", "recipe": recipe, "compression": "none"})
+    first = {"client": "ann", "source": str(tmp_path / "reviews.csv"), "folder": str(tmp_path / "state")}
+    first |= {"kind": "weak", "profile": None}
+    other = {**first, "source": str(write_reviews(tmp_path / "more.csv", rows=40)), "kind": "strong"}
+    assert ask(first, hello).values["num_examples"] == 18
+    answer = ask(other, hello).values
+    assert (answer["num_examples"], answer["kind"]) == (36, "strong")
+    assert not Path(_socket(first)).exists()  # it has ended
+    ask(other, Letter({"ask": "bye", "run": "elsewhere"}))
+    assert "error" not in ask(other, Letter({"ask": "agree", "run": "r", "label_names": ["kind", "unkind"]})).values
+    ask(other, Letter({"ask": "bye", "run": "r"}))
+
+
 # --- commands -----------------------------------------------------------------------------------------------------
 
-OPTIONS = {"settings": [], "clients": 0, "deadline": 0.0, "patience": 0.0, "compression": "none"}
+
+def serve(folder: Path, keys: Path | None, *, host: str = "127.0.0.1", port: int = 1) -> None:
+    with serving(folder, keys=keys, host=host, port=port):
+        raise AssertionError("it started")
 
 
 def test_what_a_server_cannot_start_with(tmp_path):
-    file = tmp_path / "recipe.toml"
-    file.write_text(recipe_toml(write_model(tmp_path / "model"), write_reviews(tmp_path / "reviews.csv", rows=20)))
     with pytest.raises(ConfigError, match=r"only 127\.0\.0\.1"):
-        serve(file, tmp_path / "run", keys=None, host="0.0.0.0", port=1, **OPTIONS)
+        serve(tmp_path / "state", None, host="0.0.0.0")
     with pytest.raises(ConfigError, match=r"there is no file .*server\.crt"):
-        serve(file, tmp_path / "run", keys=tmp_path, host="127.0.0.1", port=1, **OPTIONS)
+        serve(tmp_path / "state", tmp_path)
     make_keys(tmp_path / "keys", hosts=["h"], clients=[])
     with pytest.raises(ConfigError, match="holds no client's key"):
-        serve(file, tmp_path / "run", keys=tmp_path / "keys", host="127.0.0.1", port=1, **OPTIONS)
+        serve(tmp_path / "state", tmp_path / "keys")
     with (
         http.server.HTTPServer(("127.0.0.1", 0), Echo) as taken,
         pytest.raises(ConfigError, match="choose another port"),
     ):
-        serve(file, tmp_path / "run", keys=None, host="127.0.0.1", port=taken.server_address[1], **OPTIONS)
+        serve(tmp_path / "state", None, port=taken.server_address[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"recipe": Path("/no/recipe.toml")}, "recipe /no/recipe.toml"),
+        ({"settings": ["rounds=none"]}, "rounds"),
+        ({"compression": "zip"}, "--compression zip: expected one of none, fp16, int8"),
+        ({"times": "guessed"}, "--times guessed: expected one of measured, profile"),
+    ],
+)
+def test_what_a_run_cannot_be_ordered_with(tmp_path, changes, said):
+    file = tmp_path / "recipe.toml"
+    file.write_text(recipe_toml(write_model(tmp_path / "model"), write_reviews(tmp_path / "reviews.csv", rows=20)))
+    with pytest.raises(ConfigError, match=said):
+        Order(**{"recipe": file, "out": tmp_path / "run"} | changes)
+
+
+def test_no_server_to_hand_a_run_to(tmp_path):
+    with pytest.raises(TransportError, match=rf"no server answers for {tmp_path}"):
+        status(tmp_path)
+
+
+def test_a_key_that_is_none_keeps_nobody_else_out(tmp_path, monkeypatch, capsys):
+    make_keys(tmp_path / "keys", hosts=["h"], clients=["ann", "bob", "cid"])
+    (tmp_path / "keys" / "clients" / "ann.pub").write_bytes(b"\xff\xfe")
+    asked = []
+
+    def flwr(folder: Path, *arguments: str, let_pass: str = "") -> dict[str, str]:
+        asked.append(Path(arguments[2]).name)
+        if asked[-1] == "bob.pub":
+            raise TransportError("flwr supernode: refused")
+        return {"node-id": "7"}
+
+    monkeypatch.setattr(anyrank.flower.link, "_flwr", flwr)
+    monkeypatch.setattr(anyrank.flower.link, "_LOOK", 0.05)
+    with _Members(tmp_path, tmp_path / "keys"):
+        make_keys(tmp_path / "keys", hosts=[], clients=["dan"])
+        until = time.monotonic() + 20
+        while "dan" not in (tmp_path / "clients.json").read_text() and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(0.2)
+    assert json.loads((tmp_path / "clients.json").read_text()).keys() == {"cid", "dan"}
+    assert asked == ["bob.pub", "cid.pub", "dan.pub"]
+    said = capsys.readouterr().out
+    assert said.count("Client ann") == said.count("holds no public key") == said.count("Client bob") == 1
+
+
+def test_a_server_without_its_superlink_ends(tmp_path, monkeypatch):
+    @contextmanager
+    def dead(*_, **__):
+        with running([sys.executable, "-c", ""], environment(tmp_path), tmp_path / "log") as process:
+            yield process
+
+    monkeypatch.setattr(anyrank.flower.link, "serving", dead)
+    monkeypatch.setattr(anyrank.flower.programs, "stop_when_told", lambda: None)
+    found = CliRunner().invoke(cli.app, ["flower", "server", "--state", str(tmp_path), "--insecure"])
+    assert isinstance(found.exception, TransportError)
+    assert "SuperLink has ended" in str(found.exception)
+
+
+def test_what_a_run_is_ordered_with_survives_toml(tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text(recipe_toml(write_model(tmp_path / "model"), write_reviews(tmp_path / "reviews.csv", rows=20)))
+    out = tmp_path / 'a "run" 😀 of\x7f\tZoë'
+    assert tomllib.loads(Order(recipe=file, out=out).config())["out"] == str(out)
+
+
+def client(folder: Path, server: str, **changes) -> int:
+    """Take part, with files that are as they should be but for the changes."""
+    make_keys(folder / "keys", hosts=["127.0.0.1"], clients=["ann"])
+    data = write_reviews(folder / "data.csv", rows=5)
+    files = {"ca": folder / "keys" / "ca.crt", "key": folder / "keys" / "clients" / "ann", "profile": None}
+    usual = {"name": "ann", "data": str(data), "device": None, "state": folder / "state"}
+    return join(server, **usual | files | changes)
 
 
 @pytest.mark.parametrize(
     ("server", "changes", "said"),
     [
         ("nowhere", {}, "expected HOST:PORT"),
+        ("fed.example.org:99999", {}, "expected HOST:PORT"),
         ("fed.example.org:1", {"ca": None, "key": None}, "on one machine alone"),
         ("fed.example.org:1", {"ca": Path("/no/ca.crt")}, "there is no file /no/ca.crt"),
+        ("fed.example.org:1", {"name": "../ann"}, "--name '../ann': expected up to 100 letters"),
+        ("fed.example.org:1", {"data": "/no/data.csv"}, "--data /no/data.csv: there is no such file"),
+        ("fed.example.org:1", {"profile": Path("/no/p.toml")}, "--profile /no/p.toml: there is no such file"),
+        ("fed.example.org:1", {"key": "clients/ann.pub"}, "--key .*ann.pub: not a private key"),
+        ("fed.example.org:1", {"ca": "clients/ann"}, "--ca .*ann: not a certificate"),
     ],
 )
 def test_what_a_client_cannot_start_with(tmp_path, server, changes, said):
-    make_keys(tmp_path, hosts=["h"], clients=["ann"])
-    files = {"ca": tmp_path / "ca.crt", "key": tmp_path / "clients" / "ann"} | changes
+    changes = {k: tmp_path / "keys" / v if k in ("key", "ca") and isinstance(v, str) else v for k, v in changes.items()}
     with pytest.raises(ConfigError, match=said):
-        join(server, name="ann", data="d.csv", device=None, profile=None, state=tmp_path / "state", **files)
+        client(tmp_path, server, **changes)
+
+
+def test_a_client_has_its_folder_for_itself(tmp_path):
+    (tmp_path / "state").mkdir()
+    with (tmp_path / "state" / "client.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match=r"--state .*another client on this machine"):
+            client(tmp_path, "fed.example.org:1")
+    (tmp_path / 'a "b"').mkdir()
+    with pytest.raises(ConfigError, match=r"--data .*Flower takes no quotes"):
+        client(tmp_path, "fed.example.org:1", data=str(tmp_path / 'a "b"'))
+
+
+def test_what_a_supernode_is_told_is_what_it_reads(tmp_path):
+    for value in ("Zoë 😀", "a 'b' = c\\d", " ", "x=1 y=2"):
+        assert parse_config_args([f"client={_quoted('name', value)}"]) == {"client": value}
+
+
+def test_patience_begins_anew_with_a_supernode_that_was_let_in(tmp_path, monkeypatch):
+    refused = [0, 0, 1, 0, 0]  # whether it had been let in before
+    monkeypatch.setattr(anyrank.flower.join, "_PATIENCE", 0.5)
+    monkeypatch.setattr(anyrank.flower.join, "_AGAIN", 0.2)
+
+    def supernode(command, env):
+        said = ["... [code: 2004]"]
+        return 1, [*said, "SuperNode ID: 5"] if refused and refused.pop(0) else said
+
+    monkeypatch.setattr(anyrank.flower.join, "_supernode", supernode)
+    with pytest.raises(TransportError, match="it is not let in"):
+        _take_part([], {}, "it is not let in", "ann", None)
+    assert not refused
+
+
+class Clock(http.server.BaseHTTPRequestHandler):
+    """Says what time it is, an hour late."""
+
+    def do_GET(self):
+        self.send_response(403)
+        self.end_headers()
+
+    def date_time_string(self, timestamp=None):
+        return super().date_time_string(time.time() - 3600)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def somebody(keys: Path | None, handler: type[http.server.BaseHTTPRequestHandler] = Echo) -> Iterator[int]:
+    """The port of a server with these keys."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.handle_error = lambda *_: None  # whoever does not trust it hangs up
+        if keys:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(keys / "server.crt", keys / "server.key")
+            server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+def test_a_client_says_what_is_wrong_with_the_server(tmp_path, monkeypatch):
+    keys = tmp_path / "keys"
+    make_keys(keys, hosts=["127.0.0.1"], clients=[])
+    make_keys(tmp_path / "other", hosts=["127.0.0.1"], clients=[])
+    with somebody(tmp_path / "other") as port, pytest.raises(ConfigError, match=r"--ca .*ca\.crt: not the authority"):
+        client(tmp_path, f"127.0.0.1:{port}")
+    with somebody(keys) as port, pytest.raises(ConfigError, match="does not name localhost"):
+        client(tmp_path, f"localhost:{port}")
+    with somebody(None) as port, pytest.raises(ConfigError, match="does not speak TLS"):
+        client(tmp_path, f"127.0.0.1:{port}")
+    with somebody(keys, Clock) as port, pytest.raises(ConfigError, match="the clocks differ: here it is"):
+        client(tmp_path, f"127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize(("years", "said"), [(1, "is not valid yet by the clock of this machine"), (-3, "has expired")])
+def test_a_client_whose_clock_is_years_off(tmp_path, monkeypatch, years, said):
+    class Off(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) + timedelta(days=365 * years)
+
+    make_keys(tmp_path / "keys", hosts=["127.0.0.1"], clients=["ann"])
+    (tmp_path / "keys" / "server.crt").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(anyrank.flower.keys, "datetime", Off)
+        make_keys(tmp_path / "keys", hosts=["127.0.0.1"], clients=[])
+    with somebody(tmp_path / "keys") as port, pytest.raises(ConfigError, match=said):
+        client(tmp_path, f"127.0.0.1:{port}")
+
+
+def test_a_program_ends_with_whoever_started_it(tmp_path):
+    """Also when that is killed."""
+    script = (
+        "import sys, time; from pathlib import Path; from anyrank.flower.programs import running, environment\n"
+        f"with running([sys.executable, '-c', 'import time; time.sleep(600)'], environment(Path({str(tmp_path)!r}))) as p:\n"
+        "    print(p.pid, flush=True); time.sleep(600)"
+    )
+    for end in (signal.SIGKILL, signal.SIGINT):
+        with subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as ours:
+            assert ours.stdout
+            child = int(ours.stdout.readline())
+            ours.send_signal(end)
+            until = time.monotonic() + 20
+            while Path(f"/proc/{child}").exists() and time.monotonic() < until:
+                if Path(f"/proc/{child}/stat").read_text().split()[2] == "Z":
+                    break
+                time.sleep(0.05)
+            else:
+                assert not Path(f"/proc/{child}").exists()
+
+
+# --- examples -----------------------------------------------------------------------------------------------------
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "federation"
+
+
+def commands_of_the_examples() -> list[str]:
+    units = [line for file in EXAMPLES.glob("*.service") for line in file.read_text().splitlines()]
+    started = [
+        line.removeprefix("ExecStart=/opt/anyrank/bin/anyrank ") for line in units if line.startswith("ExecStart")
+    ]
+    services = yaml.safe_load((EXAMPLES / "compose.yaml").read_text())["services"]
+    return started + [service["command"] for service in services.values()]
+
+
+@pytest.mark.parametrize("line", commands_of_the_examples())
+def test_the_examples_use_commands_and_options_that_there_are(line):
+    group, name, *arguments = line.split()
+    command = typer.main.get_command(cli.app).commands[group].commands[name]
+    assert command.make_context(name, arguments).params["keys" if name == "server" else "key"]
+
+
+def test_the_units_are_ones_that_systemd_reads():
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("there is no systemd here")
+    for file in EXAMPLES.glob("*.service"):
+        found = subprocess.run(["systemd-analyze", "verify", str(file)], capture_output=True, text=True)
+        said = [line for line in found.stderr.splitlines() if "is not executable" not in line]
+        assert not said

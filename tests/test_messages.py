@@ -1,7 +1,9 @@
 """Tasks and updates as messages: nothing is lost, nothing travels twice, and broken ones say so."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -13,10 +15,11 @@ from anyrank.adapter import Adapter
 from anyrank.engine import begin, rounds
 from anyrank.errors import RecordError
 from anyrank.federation import Failure, Fold, Method, Spec, Task, Update
-from anyrank.messages import pack_task, pack_update, unpack_task, unpack_update
+from anyrank.flower.letter import Letter
+from anyrank.messages import _LARGEST_HEADER, _deflated, pack_task, pack_update, unpack_task, unpack_update
 from anyrank.methods import METHODS
 from anyrank.topology import TOPOLOGIES
-from anyrank.wire import bytes_down, bytes_up, nbytes
+from anyrank.wire import bytes_down, bytes_up, nbytes, pack
 from federations import assert_close, assert_same, plan_for, random_adapter
 from test_matrix import WORKING
 from toy import FLEET, SPEC, Clients, federation
@@ -92,6 +95,31 @@ def test_a_large_task_is_hardly_larger_than_its_tensors():
     assert len(pack_update(task, update, compression="int8")[0]) < 0.28 * numbers
 
 
+def test_the_header_of_an_update_may_be_far_larger_than_that_of_a_model_of_80_blocks():
+    names = [f"base_model.model.model.layers.{i}.self_attn.{part}_proj" for i in range(80) for part in "qkvoabc"]
+    spec = replace(SPEC, layers=tuple(replace(SPEC.layers[0], name=name, d_in=2, d_out=2) for name in names))
+    plan = plan_for(spec, "ann", 1)
+    start = random_adapter(spec, plan.ranks, "start")
+    packed = pack({"adapter": start.tensors()}, {"metrics": {f"fisher {name}": 0.123456789012345 for name in names}})
+    assert 8 * int.from_bytes(packed[:8], "little") < _LARGEST_HEADER["update"]
+
+
+def test_names_and_shapes_of_small_tensors_take_hardly_any_room():
+    names = [f"encoder.layer.{i}.attention.self.{part}" for i in range(12) for part in ("query", "key", "value")]
+    spec = replace(SPEC, layers=tuple(replace(SPEC.layers[0], name=name, d_in=64, d_out=64) for name in names))
+    plan = plan_for(spec, "ann", 1)
+    task = Task("train", 1, plan, random_adapter(spec, plan.ranks, "start"))
+    numbers = 4 * task.start.num_parameters
+    assert len(pack_task(task, spec)) < numbers + 2000
+    assert len(pack_update(task, Update("ann", 1, task.start, 10, {"loss": 1.0}))[0]) < numbers + 2000
+
+
+def test_a_header_that_would_fill_the_memory_is_not_inflated():
+    head = zlib.compress(b"x" * 5_000_000)
+    with pytest.raises(RecordError, match="too large, or not whole"):
+        unpack_update(len(head).to_bytes(8, "little") + head, TASK)
+
+
 @given(st.sampled_from(["fp16", "int8"]), st.integers(0, 10))
 def test_what_compression_loses_of_a_change_is_added_to_the_next(compression, seed):
     """Over many rounds the sum of what arrives is the sum of what was to arrive, but for the last loss."""
@@ -154,6 +182,85 @@ def test_broken_messages_say_so_and_nothing_else(data):
     for read in (lambda: unpack_update(packed, TASK), lambda: unpack_task(packed, SPEC, FEDAVG, {})):
         with contextlib.suppress(RecordError):
             read()
+
+
+def of_anything(groups: Mapping[str, Mapping[str, torch.Tensor]], **changes: object) -> bytes:
+    return _deflated(pack(groups, {"round": 3, "num_examples": 12, "metrics": {"loss": 0.5}} | changes))
+
+
+INF, DEEP = float("inf"), json.loads("[" * 400 + "]" * 400)
+ODD = [INF, -INF, float("nan"), 1.5, -1, True, None, "3", [3], {"3": 3}, DEEP]
+
+
+@pytest.mark.parametrize("name", ["round", "num_examples"])
+@pytest.mark.parametrize("value", ODD, ids=lambda value: repr(value)[:10])
+def test_counts_of_an_update_are_whole_numbers(name, value):
+    with pytest.raises(RecordError, match="not an update of ours"):
+        unpack_update(of_anything({"adapter": START.tensors()}, **{name: value}), TASK)
+
+
+@pytest.mark.parametrize("metrics", [None, [1], 3, {"loss": None}, {"loss": "1"}, {"loss": True}, {"loss": 10**400}])
+def test_metrics_are_numbers(metrics):
+    with pytest.raises(RecordError, match="not an update of ours"):
+        unpack_update(of_anything({}, metrics=metrics), TASK)
+
+
+def test_metrics_that_are_not_finite_are_for_the_check_of_updates():
+    assert unpack_update(of_anything({}, metrics={"loss": INF}), TASK).metrics == {"loss": INF}
+
+
+@pytest.mark.parametrize("group", ["adapter", "change"])
+@pytest.mark.parametrize("shape", [(), (2,), (2, 1), (1000, 6), (2, 1, 6)])
+@pytest.mark.parametrize("up", ["AB", "A", "B"])
+def test_tensors_of_any_shape_are_recognised_or_left_to_the_check_of_updates(group, shape, up):
+    """Also those beside which a factor that did not travel is completed."""
+    task = replace(TASK, plan=replace(PLAN, up=up))
+    for kind in ("A", "B", "dense"):
+        name = "dense/head" if kind == "dense" else f"{kind}/{SPEC.layers[0].name}"
+        with contextlib.suppress(RecordError):
+            back = unpack_update(of_anything({group: {**START.tensors(), name: torch.ones(shape)}}), task).adapter
+            assert group == "adapter"
+            assert back.tensors()[name].shape == shape
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "scale"),
+    [
+        ("A/block.0.q", (2, 1), (1, 6)),
+        ("A/block.0.q", (2, 6), (1, 6)),
+        ("dense/head", (1000, 1), (1, 1000)),
+        ("dense/none", (1000, 1), (1, 1000)),
+        ("B/none", (1000, 1), (1000, 1)),
+    ],
+)
+def test_scales_do_not_make_much_of_little(name, shape, scale):
+    change = {name: torch.ones(shape, dtype=torch.int8), f"scale of {name}": torch.ones(scale)}
+    with pytest.raises(RecordError, match=r"has shape .* expected"):
+        unpack_update(of_anything({"change": change}), TASK)
+
+
+@pytest.mark.parametrize("name", ["kind", "round", "held", "phase", "ranks", "folds", "steps", "slots", "scale", "up"])
+@pytest.mark.parametrize("value", [*ODD[:-1], {}, [INF]], ids=lambda value: repr(value)[:10])
+def test_a_task_may_hold_anything(name, value):
+    header = {"kind": "train", "round": 3, "phase": 0, "held": 0, "folds": [], "ranks": [2, 2]}
+    plan = {"client": "ann", "steps": 2, "slots": None, "scale": 1.0, "train": "AB", "down": "AB", "up": "AB"}
+    good = _deflated(pack({"start": START.tensors()}, {**header, "plan": plan}))
+    assert unpack_task(good, SPEC, FEDAVG, {}).plan == PLAN
+    (header if name in header else plan)[name] = value
+    if (name, repr(value)) in [("slots", "None"), ("slots", "[3]"), ("slots", "{}"), ("folds", "{}")] or (
+        name == "scale" and isinstance(value, float | int) and value is not True
+    ):
+        return
+    with pytest.raises(RecordError, match="not a task of ours"):
+        unpack_task(_deflated(pack({"start": START.tensors()}, {**header, "plan": plan})), SPEC, FEDAVG, {})
+
+
+def test_lists_in_lists_in_lists_are_no_message():
+    head = b"[" * 100_000
+    with pytest.raises(ValueError, match="not a letter"):
+        Letter.unpacked(len(head).to_bytes(8, "little") + head)
+    with pytest.raises(RecordError):
+        unpack_update(_deflated(len(head).to_bytes(8, "little") + head), TASK)
 
 
 def test_a_fold_that_nobody_has_is_missed():

@@ -12,7 +12,7 @@ from anyrank import lowrank
 from anyrank.adapter import Adapter, LowRank
 from anyrank.errors import RecordError, UpdateRejected
 from anyrank.federation import Task, Update
-from anyrank.wire import check_norms, check_update, decode, encode, nbytes, product_norms
+from anyrank.wire import check_norms, check_update, decode, dense_norms, encode, nbytes, product_norms
 from federations import (
     Setup,
     assert_same,
@@ -266,7 +266,7 @@ def test_a_rank_below_the_plan_is_for_methods_that_prune():
     assert caught.value.tensor == "A/layer 0"
 
 
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("value", [NAN, INF, -INF, 1.7e308, -1e30])
 @pytest.mark.parametrize("metric", ["loss", "accuracy"])
 def test_metrics_must_be_finite(metric, value):
     with pytest.raises(UpdateRejected, match="expected a finite number") as caught:
@@ -298,7 +298,7 @@ def of_norm(norm, layer="q"):
 
 
 def checked(limit, **adapters):
-    return check_norms({client: product_norms(adapter) for client, adapter in adapters.items()}, limit)
+    return check_norms({c: product_norms(adapter) | dense_norms(adapter) for c, adapter in adapters.items()}, limit)
 
 
 @given(setups())
@@ -348,3 +348,26 @@ def test_norms_are_compared_layer_by_layer():
 
     found = checked(10.0, a=adapter(1.0, 100.0), b=adapter(1.0, 100.0), c=adapter(50.0, 100.0))
     assert {client: error.tensor for client, error in found.items()} == {"c": "q"}
+
+
+@pytest.mark.parametrize(
+    ("by_client", "rejected"),
+    [
+        ({"a": 1.0, "b": 1.0, "c": 10.0}, []),
+        ({"a": 1.0, "b": 1.0, "c": 10.5}, ["c"]),
+        ({"a": 0.0, "b": 0.0, "c": 5.0}, []),
+        ({"a": 1.0, "b": 3e38}, ["b"]),  # its square overflows
+        ({"a": 1.0}, []),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_dense_tensors_have_norms_too(by_client, rejected, dtype):
+    heads = {client: torch.tensor([norm, 0], dtype=dtype) for client, norm in by_client.items()}
+    found = checked(10.0, **{client: Adapter(of_norm(1.0).layers, {"head": head}) for client, head in heads.items()})
+    assert {client: error.tensor for client, error in found.items()} == dict.fromkeys(rejected, "dense/head")
+    assert all(str(error.reason).startswith(("norm", "its norm")) for error in found.values())
+
+
+def test_the_norm_of_many_halves_is_one_that_halves_cannot_hold():
+    head = torch.full((1000, 1000), 100.0, dtype=torch.float16)
+    assert dense_norms(Adapter({}, {"head": head})) == {"dense/head": pytest.approx(1e5, rel=1e-2)}

@@ -23,7 +23,7 @@ from anyrank.errors import ConfigError, RoundFailed, TransportError, UpdateRejec
 from anyrank.federation import Update, make_task
 from anyrank.job import load_recipe, prepare
 from anyrank.transport import InProcess, Workers
-from anyrank.transport.workers import _dumps
+from anyrank.transport.pickles import dumps
 from tiny import in_process, recipe_toml, write_model, write_reviews
 
 
@@ -278,12 +278,12 @@ def test_tasks_are_dealt_out_once_each_and_evenly(job, steps, count, cohort):
 @pytest.mark.parametrize("shape", [(), (0, 3), (2, 3)])
 def test_tensors_cross_whole_and_what_is_shared_stays_shared(dtype, shape):
     tensor = torch.ones(shape).to(dtype)
-    one, other = pickle.loads(_dumps([tensor, tensor]))
+    one, other = pickle.loads(dumps([tensor, tensor]))
     assert one is other
     assert one.dtype == dtype
     assert torch.equal(one, tensor)
     part = torch.arange(1000.0).reshape(10, 100)[:2]
-    assert len(_dumps(part)) < 2000  # a view sends what it shows
+    assert len(dumps(part)) < 2000  # a view sends what it shows
 
 
 def test_adapters_cross_whole(job):
@@ -293,7 +293,7 @@ def test_adapters_cross_whole(job):
         Adapter({}),
         Adapter({}, {"a": torch.ones(2), "b": torch.ones(3, dtype=torch.float64)}),
     ):
-        one, other = pickle.loads(_dumps([adapter, adapter]))
+        one, other = pickle.loads(dumps([adapter, adapter]))
         assert one is other
         assert list(one.tensors()) == list(adapter.tensors())
         for name, tensor in adapter.tensors().items():
@@ -305,5 +305,5 @@ def test_adapters_on_disk_cross_each_as_it_is(monkeypatch):
     monkeypatch.setattr(spool, "IN_MEMORY", 0)
     with spool.Spool() as kept:
         stored = [kept.keep(Adapter({}, {"head": torch.full((1000,), i)})) for i in range(200)]
-        found = pickle.loads(_dumps(stored))
+        found = pickle.loads(dumps(stored))
     assert [adapter.dense["head"].unique().tolist() for adapter in found] == [[i] for i in range(200)]

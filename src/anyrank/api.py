@@ -5,6 +5,7 @@ The engine plays the rounds; this file keeps what happens in the run folder.
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -38,7 +39,7 @@ from anyrank.record import RunFolder
 from anyrank.results import save_results, write_card
 from anyrank.trackers import Trackers
 from anyrank.train import Score, evaluate
-from anyrank.transport import InProcess, Transport, Workers
+from anyrank.transport import FlowerSimulation, InProcess, Transport, Workers
 from anyrank.wire import bytes_down, nbytes
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "check",
     "described",
     "description",
+    "in_process",
     "load_recipe",
     "play_rounds",
     "probe",
@@ -54,6 +56,7 @@ __all__ = [
     "run",
 ]
 
+_ENGINES = ("local", "flower-sim")
 _VERSIONED = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors", "tokenizers")
 _EXTENSIBLE = (
     "rounds",
@@ -122,6 +125,7 @@ def run(
     problem: Problem | None = None,
     observer: Observer | None = None,
     command: str = "",
+    engine: str = "local",
 ) -> RunFolder:
     """Play a recipe into a new run folder, and the baselines it compares with after it.
 
@@ -131,18 +135,20 @@ def run(
         problem: model, examples, loss and metrics, for a recipe with `problem.name = "own"`.
         observer: is told what happens.
         command: how the run was started, for the record.
+        engine: who does the clients' work: `local`, processes of this machine, or `flower-sim`, Flower's simulation engine.
 
     Raises:
-        ConfigError: the recipe does not fit its data or model.
+        ConfigError: the recipe does not fit its data or model, or the engine cannot be used.
         RecordError: `out` is occupied.
         RoundFailed: a round without a valid update; the checkpoint before it is kept.
     """
+    _check_engine(engine, problem)
     RunFolder.check_free(out)
     observer = _Tracked(observer or Observer(), recipe.track)
     job = prepare(recipe, problem)
     folder = RunFolder.create(out, _info(job, command))
-    _play(job, folder, observer)
-    _compare(job, folder, observer)
+    _play(job, folder, observer, engine)
+    _compare(job, folder, observer, engine)
     return folder
 
 
@@ -152,6 +158,7 @@ def resume(
     overrides: Sequence[str] | Mapping[str, Any] = (),
     problem: Problem | None = None,
     observer: Observer | None = None,
+    engine: str = "local",
 ) -> RunFolder:
     """Continue a run from its last checkpoint, to the same bytes as if it had never stopped.
 
@@ -160,11 +167,13 @@ def resume(
         overrides: more `rounds`, or a target; nothing else may change.
         problem: the one that the run was started with, if it was given one.
         observer: is told what happens.
+        engine: see `run`; it need not be the one that the run was started with.
 
     Raises:
         RecordError: no run there, or its data, fleet or format is not what it was.
-        ConfigError: an override that would make it another run.
+        ConfigError: an override that would make it another run, or an engine that cannot be used.
     """
+    _check_engine(engine, problem)
     folder = RunFolder.open(out)
     values = overrides if isinstance(overrides, Mapping) else config.parse_overrides(overrides)
     recipe = _extended(folder, values)
@@ -177,8 +186,8 @@ def resume(
     ]:
         observer.noticed(f"{', '.join(changed)}: the result may differ in its last digits from that of an unbroken run")
     folder.update_info(recipe=recipe.model_dump(mode="json"), rounds=job.cohort.rounds)
-    _play(job, folder, observer)
-    _compare(job, folder, observer)
+    _play(job, folder, observer, engine)
+    _compare(job, folder, observer, engine)
     return folder
 
 
@@ -214,23 +223,37 @@ def _check_same(job: Simulation, folder: RunFolder) -> None:
         raise RecordError(f"{folder.path}: the fleet is not the one the run was started with.")
 
 
-def _play(job: Simulation, folder: RunFolder, observer: Observer) -> None:
+def _check_engine(engine: str, problem: Problem | None) -> None:
+    if engine not in _ENGINES:
+        raise ConfigError(f"engine: expected one of {', '.join(_ENGINES)}, got {engine!r}.")
+    if engine == "flower-sim" and problem is not None:
+        raise ConfigError(
+            "engine: flower-sim makes the problem from the recipe again in every actor, and one that is handed over is in this "
+            "process alone; leave the engine out."
+        )
+    if engine == "flower-sim" and not all(importlib.util.find_spec(name) for name in ("flwr", "ray")):
+        raise ConfigError(
+            "engine: flower-sim needs Flower and Ray; install them with `pip install 'anyrank[flower-sim]'`."
+        )
+
+
+def _play(job: Simulation, folder: RunFolder, observer: Observer, engine: str) -> None:
     try:
-        _play_rounds(job, folder, observer)
+        _play_rounds(job, folder, observer, engine)
     except BaseException:
         observer.ended(complete=False)
         raise
     observer.ended(complete=True)
 
 
-def _play_rounds(job: Simulation, folder: RunFolder, observer: Observer) -> None:
-    with reproducible(job.recipe.compute.threads or 1), _transport(job, folder, observer) as transport:
+def _play_rounds(job: Simulation, folder: RunFolder, observer: Observer, engine: str) -> None:
+    with reproducible(job.recipe.compute.threads or 1), _transport(job, folder, observer, engine) as transport:
         play_rounds(job, folder, _federation(job, folder, transport, observer), observer, memory=_memory(folder))
 
 
 def play_rounds(
     job: Job, folder: RunFolder, federation: Federation, observer: Observer, *, memory: Memory | None = None
-) -> None:
+) -> Progress:
     """Play the rounds that are left of a run, and write what comes out of it.
 
     Args:
@@ -239,6 +262,9 @@ def play_rounds(
         federation: how it is run.
         observer: is told what happens.
         memory: what clients keep for themselves, where that is here.
+
+    Returns:
+        where the run stands at its end.
 
     Raises:
         RoundFailed: a round without a valid update; the checkpoint before it is kept.
@@ -256,6 +282,7 @@ def play_rounds(
         observer.finished_round({**progress.record, "real_seconds": seconds})
         began = time.perf_counter()
     save_results(job, folder, progress, memory=memory)
+    return progress
 
 
 def _memory(folder: RunFolder) -> Memory:
@@ -263,10 +290,36 @@ def _memory(folder: RunFolder) -> Memory:
 
 
 @contextlib.contextmanager
-def _transport(job: Simulation, folder: RunFolder, observer: Observer) -> Iterator[Transport]:
-    """The clients: in this process, or in others that are forked from it before its model goes to a GPU."""
+def _transport(job: Simulation, folder: RunFolder, observer: Observer, engine: str) -> Iterator[Transport]:
+    """The clients: in this process, in others that are forked from it before its model goes to a GPU, or in Ray's actors."""
     compute, where = job.recipe.compute, devices()
-    inner = InProcess(
+    local = engine == "local"
+    inner = in_process(job, _memory(folder), _prefix(job, folder, observer) if local else None)
+    count = min(compute.workers or 1, job.cohort.per_round)
+    if local and count > 1 and torch.cuda.is_initialized():
+        observer.noticed("one process does all the work: this one has used a GPU, and cannot fork others that do")
+        count = 1
+    threads = max(1, (compute.threads or 1) // count)
+    with contextlib.ExitStack() as stack:
+        transport = inner
+        if not local:
+            setup = _setup(job, threads)
+            transport = stack.enter_context(FlowerSimulation(inner, setup, count=count, threads=threads))
+        elif count > 1:
+            transport = stack.enter_context(Workers(inner, count=count, threads=threads, devices=where))
+        job.model.to(where[0])
+        yield transport
+
+
+def in_process(job: Simulation, memory: Memory, prefix: Prefix | None = None) -> InProcess:
+    """The clients of a run, in this process.
+
+    Args:
+        job: what is run.
+        memory: what clients keep between rounds.
+        prefix: what is kept of passes through blocks that nobody trains, if anything.
+    """
+    return InProcess(
         model=job.model,
         method=job.method,
         training=job.training,
@@ -275,21 +328,20 @@ def _transport(job: Simulation, folder: RunFolder, observer: Observer) -> Iterat
         test=job.problem.test,
         held_out=job.recipe.data.held_out,
         seed=job.recipe.seed,
-        memory=_memory(folder),
-        cohort=compute.cohort or 1,
-        prefix=_prefix(job, folder, observer),
+        memory=memory,
+        cohort=job.recipe.compute.cohort or 1,
+        prefix=prefix,
     )
-    count = min(compute.workers or 1, job.cohort.per_round)
-    if count > 1 and torch.cuda.is_initialized():
-        observer.noticed("one process does all the work: this one has used a GPU, and cannot fork others that do")
-        count = 1
-    with contextlib.ExitStack() as stack:
-        transport = inner
-        if count > 1:
-            threads = max(1, (compute.threads or 1) // count)
-            transport = stack.enter_context(Workers(inner, count=count, threads=threads, devices=where))
-        job.model.to(where[0])
-        yield transport
+
+
+def _setup(job: Simulation, threads: int) -> dict[str, Any]:
+    """From what an actor makes the clients, see `flower/actor.py`."""
+    compute = job.recipe.compute.model_copy(update={"workers": 1, "threads": threads})
+    return {
+        "recipe": job.recipe.model_copy(update={"compute": compute}).model_dump(mode="json"),
+        "found": {"model.name": job.outline.base_hash, "data.source": job.problem.fingerprint},
+        "folder": str(Path.cwd()),
+    }
 
 
 def _prefix(job: Simulation, folder: RunFolder, observer: Observer) -> Prefix | None:
@@ -331,6 +383,7 @@ def _federation(job: Simulation, folder: RunFolder, transport: Transport, observ
         metric=job.problem.objective.metric,
         per_round=job.cohort.per_round,
         rounds=job.cohort.rounds,
+        quorum=min(recipe.server.quorum, job.cohort.per_round),  # the centralised baseline has one client
         norm_limit=recipe.server.norm_limit,
         evaluation=Evaluation(**recipe.evaluate.model_dump()),
         seed=recipe.seed,
@@ -351,7 +404,7 @@ def _clock(recipe: Recipe) -> Clock:
     return Clock(**troubles, seed=recipe.seed)
 
 
-def _compare(job: Simulation, folder: RunFolder, observer: Observer) -> None:
+def _compare(job: Simulation, folder: RunFolder, observer: Observer, engine: str) -> None:
     """Play the baselines that the recipe compares with, each in a run folder of its own; a baseline is not compared."""
     if job.recipe.baseline:
         return
@@ -360,7 +413,8 @@ def _compare(job: Simulation, folder: RunFolder, observer: Observer) -> None:
         out = folder.path / "compare" / name
         baseline = with_baseline(job, name, examples)
         try:
-            _play(baseline, _nested(out, baseline) or RunFolder.create(out, _info(baseline, "")), observer)
+            nested = _nested(out, baseline) or RunFolder.create(out, _info(baseline, ""))
+            _play(baseline, nested, observer, engine)
         except RoundFailed as error:  # the run itself is done, and the other baselines can be
             observer.noticed(f"the baseline {name} is not compared: {error}")
     if job.recipe.compare:

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,11 +75,14 @@ def run(
     data: Data = None,
     model: Model = None,
     rank: Rank = None,
+    engine: Annotated[
+        str, typer.Option(metavar="local|flower-sim", help="This machine's processes, or Flower's simulation on Ray.")
+    ] = "local",
 ) -> None:
     """Fine-tune a model across devices of different ranks."""
     if resume and (recipe or out or data or model or rank):
         raise ConfigError(
-            "--resume continues a run with its own recipe in its own folder; leave out everything but --set."
+            "--resume continues a run with its own recipe in its own folder; leave out everything but --set and --engine."
         )
     from anyrank import api
     from anyrank.display import LiveObserver, summary
@@ -86,15 +90,17 @@ def run(
     with LiveObserver(console) as observer:
         try:
             if resume:
-                folder = api.resume(resume, overrides=settings, observer=observer)
+                folder = api.resume(resume, overrides=settings, observer=observer, engine=engine)
             else:
                 loaded = _loaded(recipe, settings, data, model, rank)
                 out = out or _next_free(loaded.baseline or loaded.method["name"])
-                folder = api.run(loaded, out, observer=observer, command=shlex.join(["anyrank", *sys.argv[1:]]))
+                command = shlex.join(["anyrank", *sys.argv[1:]])
+                folder = api.run(loaded, out, observer=observer, command=command, engine=engine)
         except (KeyboardInterrupt, OSError, TransportError):
             started = resume or out
             if started and (started / "run.json").exists():
-                _errors.print(f"\nStopped. Continue with: anyrank run --resume {started}")
+                again = f" --engine {engine}" if engine != "local" else ""
+                _errors.print(f"\nStopped. Continue with: anyrank run --resume {started}{again}", soft_wrap=True)
             raise
     console.print(*summary(folder), sep="\n")
     console.print(f"\nRun folder: {folder.path}\nReport:     anyrank report {folder.path}", soft_wrap=True)
@@ -317,42 +323,132 @@ def keys(
         console.print(f"written: {file}", soft_wrap=True)
 
 
+Keys = Annotated[Path | None, typer.Option(help="What `anyrank flower keys` made.")]
+State = Annotated[Path | None, typer.Option(metavar="DIR", help="The server's folder; by default OUT.flower.")]
+Link = Annotated[str, typer.Option(metavar="NAME", help="A connection in the folder's config.toml.")]
+Clients = Annotated[int, typer.Option(min=0, help="How many to wait for; 0: as many as a round samples.")]
+Deadline = Annotated[float, typer.Option(min=0, help="Seconds for a round; 0: the recipe's, if any.")]
+Patience = Annotated[float, typer.Option(min=0, help="Seconds to wait for clients; 0: as long as it takes.")]
+Compression = Annotated[str, typer.Option(help="Of what travels: none, fp16 or int8.")]
+TimesOf = Annotated[str, typer.Option(help="How fast devices are: as measured, or as their profile says.")]
+
+
 @flower.command()
 def server(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML recipe.")],
-    out: Annotated[Path, typer.Option(help="The run folder; a run that is there is gone on with.")],
-    keys: Annotated[Path | None, typer.Option(help="What `anyrank flower keys` made.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A TOML recipe to play.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Its run folder; a run that is there is gone on with.")] = None,
+    keys: Keys = None,
     host: Annotated[str, typer.Option(help="Where clients reach the server; 0.0.0.0 for everywhere.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 9443,
+    state: State = None,
     settings: Settings = [],  # noqa: B006
-    clients: Annotated[int, typer.Option(min=0, help="How many to wait for; 0: as many as a round samples.")] = 0,
-    deadline: Annotated[float, typer.Option(min=0, help="Seconds for a round; 0: the recipe's, if any.")] = 0.0,
-    patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for clients; 0: as long as it takes.")] = 0.0,
-    compression: Annotated[str, typer.Option(help="none, fp16 or int8.")] = "none",
+    clients: Clients = 0,
+    deadline: Deadline = 0.0,
+    patience: Patience = 0.0,
+    compression: Compression = "none",
+    times: TimesOf = "measured",
     insecure: Insecure = False,
 ) -> None:
-    """Play a recipe with clients on other machines."""
+    """Play a recipe with clients on other machines; without one, serve `anyrank flower run` until interrupted."""
     _need_flower()
-    from anyrank.flower.commands import serve
+    from anyrank.flower import link
+    from anyrank.flower.programs import stop_when_told
 
     if (keys is None) != insecure:
         raise ConfigError("expected one of --keys DIR and --insecure.")
-    done = serve(
-        recipe,
-        out,
-        keys=keys,
-        host=host,
-        port=port,
+    if (recipe is None) != (out is None) or (recipe is None and state is None):
+        raise ConfigError(
+            "expected RECIPE with --out DIR, or, to serve runs that are started later, --state DIR alone."
+        )
+    order = None
+    if recipe and out:
+        order = link.Order(
+            recipe=recipe,
+            out=out,
+            settings=settings,
+            clients=clients,
+            deadline=deadline,
+            patience=patience,
+            compression=compression,
+            times=times,
+        )
+        state = state or out.with_name(f"{out.name}.flower")
+    assert state
+    stop_when_told()
+    with link.serving(state, keys=keys, host=host, port=port) as superlink:
+        at = f"{'HOST' if host in ('0.0.0.0', '::') else host}:{port}"
+        console.print(f"Clients: anyrank flower client --server {at} --name NAME --data PATH ...", soft_wrap=True)
+        if order is None:
+            console.print(
+                f"Runs:    anyrank flower run RECIPE --out DIR --state {state}\nCtrl-C ends the server.", soft_wrap=True
+            )
+            superlink.wait()
+            raise TransportError(
+                f"Flower's SuperLink has ended; the same command starts it anew. Its log: {state / 'superlink.log'}"
+            )
+        elif not link.play(state, order):
+            raise TransportError(
+                f"the run did not end well; the same command goes on with it. Flower's log: {state / 'superlink.log'}"
+            )
+
+
+@flower.command(name="run")
+def flower_run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML recipe.")],
+    out: Annotated[Path, typer.Option(help="The run folder; a run that is there is gone on with.")],
+    state: Annotated[Path, typer.Option(metavar="DIR", help="The server's folder.")],
+    link: Link = "anyrank",
+    settings: Settings = [],  # noqa: B006
+    clients: Clients = 0,
+    deadline: Deadline = 0.0,
+    patience: Patience = 0.0,
+    compression: Compression = "none",
+    times: TimesOf = "measured",
+) -> None:
+    """Have a server that is running play a recipe, and wait; exit status 0 only if it was played to its end."""
+    _need_flower()
+    from anyrank.flower.link import Order, play
+
+    order = Order(
+        recipe=recipe,
+        out=out,
         settings=settings,
         clients=clients,
         deadline=deadline,
         patience=patience,
         compression=compression,
+        times=times,
     )
-    if not done:
-        raise TransportError(
-            f"the run did not end well; the same command goes on with it. Flower's log: {out}.flower/superlink.log"
-        )
+    if not play(state, order, link=link):
+        raise TransportError(f"the run did not end well; the same command goes on with it. Flower's log is in {state}.")
+
+
+@flower.command()
+def status(
+    state: Annotated[Path, typer.Option(metavar="DIR", help="The server's folder.")],
+    link: Link = "anyrank",
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show a server's clients and runs."""
+    _need_flower()
+    from dataclasses import asdict
+
+    from anyrank.flower.link import status
+
+    found = status(state, link=link)
+    if as_json:
+        print(json.dumps(asdict(found), indent=2))
+        return
+    clients, runs = Table("client", "status", "since", box=box.SIMPLE), Table(box=box.SIMPLE)
+    for each in found.clients:
+        clients.add_row(each["name"], each["status"], each["since"])
+    for column in ("run", "status", "round", "time", "folder"):
+        runs.add_column(column, overflow="fold")
+    for each in found.runs:
+        played = "" if each["round"] is None else f"{each['round']}/{each['rounds']}"
+        took = str(timedelta(seconds=round(each["seconds"])))
+        runs.add_row(each["number"], each["status"], played, took, each["folder"] or "")
+    console.print(clients, runs)
 
 
 @flower.command()
@@ -369,14 +465,16 @@ def client(
 ) -> None:
     """Take part with this machine's data, until interrupted."""
     _need_flower()
-    from anyrank.flower.commands import join
+    from anyrank.flower.join import join
+    from anyrank.flower.programs import stop_when_told
 
     if insecure and (ca or key):
         raise ConfigError("--insecure goes without --ca and --key.")
-    if not insecure and not (ca and key):
+    if not insecure and (missing := [name for name, file in (("--ca", ca), ("--key", key)) if file is None]):
         raise ConfigError(
-            "--ca and --key are missing: the files ca.crt and clients/NAME that `anyrank flower keys` made."
+            f"{' and '.join(missing)} missing: ca.crt and clients/NAME from what `anyrank flower keys` made on the server."
         )
+    stop_when_told()
     sys.exit(join(server, name=name, data=data, ca=ca, key=key, device=device, profile=profile, state=state))
 
 

@@ -99,6 +99,7 @@ class ServerTable(_Table):
     learning_rate: Positive = 1.0
     momentum: Share = 0.0
     norm_limit: Annotated[Number, Field(gt=1)] = 1000.0
+    quorum: Count = 1
 
 
 class ClassTable(_Table):
@@ -252,6 +253,10 @@ def resolve(raw: Mapping[str, Any], overrides: Mapping[str, Any], choices: Choic
         recipe = Recipe.model_validate(merged)
     except ValidationError as error:
         raise ConfigError([*problems, *(_sentence(Recipe, problem) for problem in error.errors())]) from None
+    if recipe.server.quorum > recipe.fleet.per_round:
+        problems.append(
+            f"server.quorum: {recipe.server.quorum} clients, but a round samples {recipe.fleet.per_round} (fleet.per_round)."
+        )
     if recipe.problem["name"] != OWN:
         missing = {"model.name": recipe.model.name, "data.source": recipe.data.source}
         problems += [f"{key}: is missing." for key, value in missing.items() if value is None]

@@ -191,9 +191,10 @@ def _classes(folder: RunFolder, records: Sequence[Mapping[str, Any]]) -> Table:
     for kind in dict.fromkeys(client["kind"] for client in fleet.values()):
         ranks = sorted({rank for client, rank in trained.items() if fleet[client]["kind"] == kind})
         scored = [f"{rank}: {_or_not_finite(sent[str(rank)])}" for rank in ranks if str(rank) in sent]
+        known = folder.info["recipe"]["fleet"]["classes"].get(kind)
         table.add_row(
-            kind,
-            folder.info["recipe"]["fleet"]["classes"][kind]["device"],
+            kind or "of its own",
+            known["device"] if known else "own profile",
             str(sum(client["kind"] == kind for client in fleet.values())),
             f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else ", ".join(map(str, ranks)),
             "  ".join(scored),

@@ -13,7 +13,7 @@ from statistics import fmean, pstdev
 from typing import Any, Literal
 
 from anyrank import lowrank
-from anyrank.adapter import Adapter, LowRank
+from anyrank.adapter import Adapter
 from anyrank.clock import Arrival, Clock, Workload, round_seconds
 from anyrank.device import compute_seconds, undisturbed
 from anyrank.errors import RoundFailed, UpdateRejected
@@ -24,11 +24,22 @@ from anyrank.spool import Spool, in_memory
 from anyrank.topology import Asked, Topology
 from anyrank.train import Score
 from anyrank.transport import Transport
-from anyrank.wire import bytes_down, bytes_up, check_norms, check_update, completed, nbytes, product_norms
+from anyrank.wire import (
+    LARGEST_METRIC,
+    bytes_down,
+    bytes_up,
+    check_norms,
+    check_update,
+    completed,
+    dense_norms,
+    nbytes,
+    product_norms,
+)
 
 __all__ = ["Evaluation", "Federation", "Late", "Progress", "applied", "begin", "rounds", "sample"]
 
 _RHO = 0.8  # weight of the past in the moving averages of a device's times
+_HELD_OUT = 100  # times its training examples: the most that a client is scored on, with 99 % of its examples held out
 _TOGETHER = 1000  # evaluations that are asked for at once: ten thousand tasks take 160 MB with all-MiniLM-L6-v2
 
 Fleet = Mapping[str, Device]
@@ -66,7 +77,8 @@ class Federation:
         per_round: clients sampled in a round.
         rounds: how many rounds the run has.
         metric: what the run is judged by.
-        norm_limit: an update is rejected if a product's norm is over this many times the round's median.
+        quorum: the fewest clients with a valid update with which a round counts.
+        norm_limit: an update is rejected if a product's or a dense tensor's norm is over this many times the round's median.
         evaluation: when to score what.
         seed: of the run.
         notify: called for every reply as it arrives.
@@ -81,6 +93,7 @@ class Federation:
     score: Scorer | None
     per_round: int
     rounds: int
+    quorum: int = 1
     norm_limit: float
     evaluation: Evaluation
     seed: int
@@ -156,7 +169,10 @@ def sample(fleet: Fleet, *, per_round: int, seed: int, round: int) -> list[Devic
 def _play(federation: Federation, progress: Progress) -> Progress:
     number = progress.state.round + 1
     fleet, here = federation.meet(progress.fleet)
-    progress = replace(progress, fleet=fleet)
+    peers = progress.peers
+    if federation.topology.peers:  # who has come since starts from what the others have reached
+        peers = {**peers, **{client: progress.state for client in fleet if client not in peers}}
+    progress = replace(progress, fleet=fleet, peers=peers)
     busy = {late.task.plan.client for late in progress.late}
     free = {c: device for c, device in fleet.items() if c not in busy and c in here}
     sampled = sample(free, per_round=federation.per_round, seed=federation.seed, round=number)
@@ -165,13 +181,16 @@ def _play(federation: Federation, progress: Progress) -> Progress:
         state, peers, took = federation.topology.play(federation.method, progress.state, progress.peers, sampled, round)
         if spool.used:  # a method may keep what a client returned
             state, peers = _read(state), {client: _read(peer) for client, peer in peers.items()}
-    if not round.inbox:
+    valid = len({update.client for _, update in round.inbox})
+    if valid < federation.quorum:
         reasons = "; ".join(f"{f.client} ({f.stage}: {f.reason})" for f in round.failures)
         if not round.tasks:
             reasons = f"no work fits the devices of {', '.join(device.client for device in sampled)}"
+        needed = f", and server.quorum asks for {federation.quorum}" if federation.quorum > 1 else ""
         raise RoundFailed(
-            f"round {number}: none of {len(sampled)} clients returned a valid update: {reasons}. Resuming would play "
-            "the same round again; start a new run with other settings (learning rate, deadline, dropout) or another seed."
+            f"round {number}: {valid or 'none'} of {len(sampled)} clients returned a valid update{needed}: {reasons}. Resuming "
+            "would play the same round again; start a new run with other settings (learning rate, deadline, dropout) or "
+            "another seed."
         )
     fleet = {**progress.fleet, **round.learned()}
     seconds = progress.seconds + took
@@ -210,7 +229,7 @@ class _Received:
         task: what was asked.
         update: what came back.
         nbytes: what of it travelled.
-        norms: of its products, by layer.
+        norms: of its products, by layer, and of its dense tensors, by flat name.
     """
 
     task: Task
@@ -338,11 +357,12 @@ class _Round:
         if update.adapter is None:
             return _Received(task, update, 0, {})
         stored = replace(update, adapter=self.spool.keep(update.adapter))
-        return _Received(task, stored, bytes_up(task, update), product_norms(update.adapter))
+        norms = product_norms(update.adapter) | dense_norms(update.adapter)
+        return _Received(task, stored, bytes_up(task, update), norms)
 
     def learned(self) -> dict[str, Device]:
         """What the round taught about the devices: ranks that shrank, folds they now hold, measured times."""
-        fleet = {}
+        fleet, slowdowns = {}, self._slowdowns()
         for task, update in self.inbox:
             device = fleet.get(update.client, self.fleet[update.client])
             if self.federation.method.claims.prunes and update.adapter:
@@ -353,8 +373,19 @@ class _Round:
         for arrival in self.arrivals:
             if arrival.outcome != "dropped":
                 device = fleet.get(arrival.client, self.fleet[arrival.client])
-                fleet[arrival.client] = replace(device, times=self._measured(device, arrival.slowdown))
+                slowdown = slowdowns.get(arrival.client, arrival.slowdown)
+                fleet[arrival.client] = replace(device, times=self._measured(device, slowdown))
         return fleet
+
+    def _slowdowns(self) -> dict[str, float]:
+        """By how much the steps of those who measured them took longer than their device's profile says."""
+        found = {}
+        for task, update in self.inbox:
+            times = undisturbed(self.fleet[update.client].profile, self.spec.cost)
+            expected = compute_seconds(task.plan, times, model=self.spec.cost, layers=self.spec.layers)
+            if update.seconds and expected:
+                found[update.client] = update.seconds / expected
+        return found
 
     def _measured(self, device: Device, slowdown: float) -> Times:
         now = undisturbed(device.profile, self.spec.cost)
@@ -430,7 +461,10 @@ def _evaluate(
 def _replies(
     federation: Federation, progress: Progress, devices: Sequence[Device], kind: Literal["evaluate", "test"]
 ) -> Iterator[Update]:
-    """The clients' answers to evaluations, in any order; of a large fleet some clients after others."""
+    """The clients' answers to evaluations, in any order; of a large fleet some clients after others.
+
+    An answer that cannot enter a mean is left out: that of a client whose adapter has diverged, or one that is made up.
+    """
     own = [(progress.peers[device.client], [device]) for device in devices] if progress.peers else []
     asked = own or [(progress.state, devices)]
     plans = ((state, plan) for state, some in asked for plan in federation.method.assign(state, some))
@@ -440,7 +474,19 @@ def _replies(
             make_task(federation.method, state, plan, kind=kind, held=number)
             for (state, plan), number in zip(some, held, strict=True)
         ]
-        yield from (reply for reply in federation.transport.run(tasks) if isinstance(reply, Update))
+        for reply in federation.transport.run(tasks):
+            if isinstance(reply, Update) and (kind == "test" or _sound(federation, progress.fleet, reply)):
+                yield reply
+
+
+def _sound(federation: Federation, fleet: Fleet, reply: Update) -> bool:
+    """Whether a client's answer on its own examples can enter a mean. How many those are is known only roughly."""
+    return (
+        reply.client in fleet
+        and federation.metric.name in reply.metrics
+        and all(abs(value) < LARGEST_METRIC for value in reply.metrics.values())
+        and 0 < reply.num_examples <= _HELD_OUT * max(1, fleet[reply.client].num_examples)
+    )
 
 
 def _judge(
@@ -479,9 +525,7 @@ def _class_scores(
 
 def applied(method: Method, state: State, plan: Plan) -> Adapter:
     """All that a client applies, as one adapter."""
-    task = make_task(method, state, plan, kind="test")
-    start = Adapter({name: LowRank(part.A, part.B * plan.scale) for name, part in task.start.layers.items()})
-    return Adapter(lowrank.together([start, task.applied]).layers, task.start.dense)
+    return make_task(method, state, plan, kind="test").whole
 
 
 def _federated(replies: Iterable[Update], metric: str) -> dict[str, float] | None:

@@ -251,6 +251,12 @@ class Task:
         """Everything that is applied and not trained: the frozen adapter and the folds, as one."""
         return lowrank.together([self.frozen, *(fold.adapter for fold in self.folds)])
 
+    @property
+    def whole(self) -> Adapter:
+        """What is trained, before the first step, and everything that is applied, as one."""
+        start = Adapter({name: LowRank(part.A, part.B * self.plan.scale) for name, part in self.start.layers.items()})
+        return Adapter(lowrank.together([start, self.applied]).layers, self.start.dense)
+
 
 @dataclass(frozen=True, eq=False)
 class Update:
@@ -262,6 +268,7 @@ class Update:
         adapter: the trained adapter; None after an evaluation.
         num_examples: of the client: its training examples, or those it was scored on.
         metrics: plain numbers, such as the mean training `loss`, and what `Method.observe` sums up.
+        seconds: that its steps took on its device, where that was measured; None goes by the device's profile.
     """
 
     client: str
@@ -269,6 +276,7 @@ class Update:
     adapter: Adapter | None
     num_examples: int
     metrics: Mapping[str, float]
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from anyrank.config import ModelTable
 from anyrank.data import stdlib_docs
 from anyrank.engine import Progress, applied
 from anyrank.errors import ConfigError, RecordError
-from anyrank.federation import Device, Plan
+from anyrank.federation import Device, Plan, State
 from anyrank.job import Job
 from anyrank.memory import Memory, folder_name
 from anyrank.methods import describe
@@ -28,7 +28,7 @@ from anyrank.pretrained import Pretrained, resolve
 from anyrank.record import RunFolder
 from anyrank.seeding import generator
 
-__all__ = ["ABOUT", "export", "read_about", "save_results", "write_card"]
+__all__ = ["ABOUT", "export", "own_plans", "read_about", "save_results", "write_card"]
 
 ABOUT = "anyrank.json"
 _FOR_PEOPLE = ("README.md", "labels.json")  # what may be changed in the folder of an adapter
@@ -135,7 +135,7 @@ def _of_clients(job: Job, folder: RunFolder, progress: Progress, memory: Memory)
     """What each client that took part has: what it is sent, with what it kept."""
     method = job.method
     took_part = {client for record in folder.records() for client in record["returned_ranks"]}
-    for state, plan in _plans(job, progress, [device for c, device in progress.fleet.items() if c in took_part]):
+    for state, plan in own_plans(job, progress, [device for c, device in progress.fleet.items() if c in took_part]):
         if method.enter:
             kept = memory.read(plan.client, before=(state.round + 1, 0))
             yield plan.client, method.enter(method.dispatch(state, plan), kept)
@@ -143,7 +143,8 @@ def _of_clients(job: Job, folder: RunFolder, progress: Progress, memory: Memory)
             yield plan.client, applied(method, state, plan)
 
 
-def _plans(job: Job, progress: Progress, devices: Sequence[Device]) -> Iterator[tuple[Any, Plan]]:
+def own_plans(job: Job, progress: Progress, devices: Sequence[Device]) -> Iterator[tuple[State, Plan]]:
+    """The state that each client has or is sent at the end of a run, and what it would be asked to do with it."""
     own = [(progress.peers[device.client], [device]) for device in devices] if progress.peers else []
     for state, some in own or [(progress.state, devices)]:
         for plan in job.method.assign(state, some):

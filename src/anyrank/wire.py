@@ -21,18 +21,23 @@ from anyrank.errors import RecordError, ShapeError, UpdateRejected
 from anyrank.federation import Factors, Task, Update
 
 __all__ = [
+    "LARGEST_METRIC",
     "bytes_down",
     "bytes_up",
     "check_norms",
     "check_update",
     "completed",
     "decode",
+    "dense_norms",
     "encode",
     "nbytes",
     "pack",
     "product_norms",
     "unpack",
 ]
+
+LARGEST_METRIC = 1e30
+"""A metric is below it: far above any loss, and far below what overflows when many are added or squared."""
 
 _UNREADABLE = (
     safetensors.SafetensorError,
@@ -143,6 +148,8 @@ def completed(task: Task, update: Update) -> Update:
 def check_update(task: Task, update: Update, *, may_prune: bool) -> None:
     """Let an update in only if it fits its task: round, layers, shapes, dtypes, ranks, finite numbers, a loss.
 
+    How large its numbers are is for `check_norms` to say.
+
     Args:
         task: what was asked.
         update: what came back.
@@ -154,7 +161,8 @@ def check_update(task: Task, update: Update, *, may_prune: bool) -> None:
     _require(update, "round", update.round == task.round, f"is {update.round}; the task's is {task.round}")
     _require(update, "loss", "loss" in update.metrics, "is missing from the metrics")
     for name, value in update.metrics.items():
-        _require(update, name, isfinite(value), f"is {value}; expected a finite number")
+        fine = abs(value) < LARGEST_METRIC  # not a number is not below anything
+        _require(update, name, fine, f"is {value}; expected a finite number below {LARGEST_METRIC:g}")
     sent, back = task.start.tensors(), update.adapter.tensors() if update.adapter else {}
     for name in [*sent, *(name for name in back if name not in sent)]:
         _require(update, name, name in back, "is missing from the update")
@@ -198,13 +206,22 @@ def product_norms(adapter: Adapter) -> dict[str, float]:
     return {name: found[name] for name in adapter.layers}
 
 
+def dense_norms(adapter: Adapter) -> dict[str, float]:
+    """The Frobenius norm of each dense tensor, by its flat name.
+
+    Of the tensor, not of its change: as with products, a change may be far above the others' where theirs is close to none.
+    """
+    norms = {name: torch.linalg.vector_norm(tensor.float()) for name, tensor in adapter.dense.items()}
+    return {f"dense/{name}": norm.item() for name, norm in norms.items()}
+
+
 def check_norms(norms: Mapping[str, Mapping[str, float]], limit: float) -> dict[str, UpdateRejected]:
-    """The updates, by client, in which the norm of a layer's product is over `limit` times the round's median.
+    """The updates, by client, in which a layer's product or a dense tensor has a norm over `limit` times the round's median.
 
     A norm that overflows is rejected too, whatever the median. In a round of two none can be over twice the median.
 
     Args:
-        norms: by client, then by layer.
+        norms: by client, then by layer or by a dense tensor's flat name.
         limit: the largest multiple of the median that is let in.
     """
     by_layer: dict[str, dict[str, float]] = {}
@@ -213,12 +230,14 @@ def check_norms(norms: Mapping[str, Mapping[str, float]], limit: float) -> dict[
             by_layer.setdefault(layer, {})[client] = norm
     rejected = {}
     for layer, by_client in by_layer.items():
-        middle = median(by_client.values())
+        middle, dense = median(by_client.values()), layer.startswith("dense/")
         for client, norm in by_client.items():
             if not isfinite(norm):
-                rejected.setdefault(client, UpdateRejected(client, layer, "the norm of its product is not finite"))
+                reason = "its norm is not finite" if dense else "the norm of its product is not finite"
+                rejected.setdefault(client, UpdateRejected(client, layer, reason))
             elif middle > 0 and norm > limit * middle:
-                reason = f"product norm {norm:.3g} is over {limit:g} times the round's median {middle:.3g}"
+                what = "norm" if dense else "product norm"
+                reason = f"{what} {norm:.3g} is over {limit:g} times the round's median {middle:.3g}"
                 rejected.setdefault(client, UpdateRejected(client, layer, reason))
     return rejected
 

@@ -9,7 +9,9 @@
     worker.py       the process there that has everything loaded
     keys.py         certificates and keys
     guard.py        the server's door
-    commands.py     anyrank flower ...
+    link.py         anyrank flower server, run, status
+    join.py         anyrank flower client
+    programs.py     Flower's programs as children of ours
     app/            the app that Flower sends around
 
 Importing this package loads nothing: a client's process for one message has to start quickly.

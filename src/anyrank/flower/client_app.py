@@ -1,5 +1,6 @@
 """What Flower starts on a client's machine for each message: it asks the worker, and loads nothing heavy itself."""
 
+import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +17,34 @@ __all__ = ["answer", "settings_of"]
 
 
 def answer(message: Message, context: Context) -> Message:
-    """Have the worker answer a message; what goes wrong is said in the answer."""
+    """Have the worker answer a message; what goes wrong is said in the answer, and here."""
+    letter = Letter()
     try:
-        reply = ask(settings_of(context.node_config, context.node_id), from_flower(message.content))
+        letter = from_flower(message.content)
+        reply = ask(settings_of(context.node_config, context.node_id), letter)
     except (AnyrankError, OSError, ValueError) as error:
         reply = Letter({"error": str(error), "client": str(context.node_config.get("client", context.node_id))})
+    if said := _said(letter.values, reply.values):
+        print(f"anyrank: {said}", flush=True)
     return Message(to_flower(reply), reply_to=message)
+
+
+def _said(asked: Mapping[str, Any], answered: Mapping[str, Any]) -> str:
+    """What whoever watches this client should know of an exchange."""
+    if "error" in answered:
+        return f"error: {answered['error']}"
+    match asked.get("ask"):
+        case "hello":
+            return f"the server asks for {asked['recipe']['method']['name']}; {answered['num_examples']} examples here"
+        case "task" if asked["kind"] == "train":
+            return f"round {asked['round']}: trained in {answered['seconds']:.1f} s"
+        case "own":
+            return f"this client's own adapter: {answered['written']}"
+        case "refused":
+            return f"the server does not let this client in: {asked['reason']}"
+        case "bye":
+            return "the run is over"
+    return ""
 
 
 def settings_of(node: Mapping[str, Any], number: int) -> dict[str, Any]:
@@ -47,7 +70,10 @@ def _profile(file: str) -> dict[str, float]:
     """The one device in a file that `anyrank probe` has written."""
     try:
         ((_, profile),) = tomllib.loads(Path(file).expanduser().read_text(encoding="utf-8"))["devices"].items()
-        return {name: float(profile[name]) for name in _FIELDS}
+        found = {name: float(profile[name]) for name in _FIELDS}
+        if odd := [name for name, value in found.items() if not 0 < value < math.inf]:
+            raise ValueError(f"{odd[0]}: expected a number above 0, got {found[odd[0]]}")
+        return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"profile {file}: cannot be read ({error!r}). Expected what `anyrank probe` prints: a table [devices.NAME] with "

@@ -1,7 +1,9 @@
 """Letters as Flower's messages, and Flower's grid as a post."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
+from typing import Any
 
+import httpx
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
@@ -36,36 +38,55 @@ class GridPost:
 
     Args:
         grid: of a ServerApp.
+        ttl: seconds until Flower gives up a message; None for its twelve hours.
+        trusted: the nodes are our own, and answers are fetched together. Of others each is fetched alone: Flower forgets what
+            it fetches before it reads it, so that one that it cannot read would take those that came with it along.
     """
 
-    def __init__(self, grid: Grid):
+    def __init__(self, grid: Grid, *, ttl: float | None = None, trusted: bool = False):
         """Nothing is sent yet."""
-        self._grid = grid
+        self._grid, self._ttl, self._trusted = grid, ttl, trusted
 
-    def nodes(self) -> Collection[int]:
+    def nodes(self) -> Set[int]:
         """Who is connected now."""
-        return list(self._grid.get_node_ids())
+        return set(self._grid.get_node_ids())
 
     def send(self, letters: Mapping[int, Letter]) -> Mapping[str, int]:
-        """Send a letter to each node, one after another: a request of all of them at once may be too large."""
+        """Send a letter to each node, one after another: a request of all of them at once may be too large.
+
+        A letter that Flower refuses, as one that is too large itself, has no number.
+        """
         numbers = {}
         for node, letter in letters.items():
             kind = _KINDS.get(str(letter.values.get("kind")), MessageType.QUERY)
-            (number,) = self._grid.push_messages([Message(to_flower(letter), dst_node_id=node, message_type=kind)])
-            if number is not None:
-                numbers[number] = node
+            message = Message(to_flower(letter), dst_node_id=node, message_type=kind, ttl=self._ttl)
+            numbers |= {number: node for number in self._grid.push_messages([message]) if number}
         return numbers
 
     def collect(self, numbers: Collection[str]) -> Mapping[str, Letter]:
-        """The answers that have come; one that Flower gives in place of a client says what is wrong."""
-        found = {}
-        for message in self._grid.pull_messages(list(numbers)) if numbers else ():
-            number = message.metadata.reply_to_message_id  # of an error the sender need not be the node
-            if message.has_error():
-                found[number] = Letter({"error": f"Flower reports: {message.error.reason} (code {message.error.code})"})
-                continue
-            try:
-                found[number] = from_flower(message.content)
-            except ValueError as error:
-                found[number] = Letter({"error": str(error)})
-        return found
+        """The answers that have come; one that cannot be read, or that Flower gives in place of a client, says so."""
+        if self._trusted:  # of an error the sender need not be the node
+            messages = self._grid.pull_messages([*numbers]) if numbers else ()
+            return {message.metadata.reply_to_message_id: _read(message) for message in messages}
+        # Which number an answer was fetched by counts: a node could name one that another was asked under.
+        return {number: _read(message) for number in numbers for message in self._fetched(number)}
+
+    def _fetched(self, number: str) -> Iterable[Any]:
+        """The answer, if it has come; what Flower raises over it, if it cannot read it."""
+        try:
+            return self._grid.pull_messages([number])
+        except httpx.HTTPError:  # it is the SuperLink that does not answer
+            raise
+        except Exception as error:
+            return [error]
+
+
+def _read(came: Any) -> Letter:
+    try:
+        if isinstance(came, Exception):
+            raise came
+        if came.has_error():
+            return Letter({"error": f"Flower reports: {came.error.reason} (code {came.error.code})"})
+        return from_flower(came.content)
+    except Exception as error:
+        return Letter({"error": str(error) or repr(error)})

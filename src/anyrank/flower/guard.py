@@ -5,6 +5,8 @@ asks for no credential, while clients have to prove who they are. So the SuperLi
 stands on the public port, with the server's certificate: it lets `/v1/fleet/` through.
 """
 
+import asyncio
+import re
 import ssl
 import threading
 from pathlib import Path
@@ -15,7 +17,7 @@ import uvicorn
 
 __all__ = ["Guard"]
 
-_OPEN = "/v1/fleet/"
+_OPEN = re.compile(r"/v1/fleet/[a-z-]+")
 _HOP_BY_HOP = {
     b"connection",
     b"keep-alive",
@@ -25,8 +27,11 @@ _HOP_BY_HOP = {
     b"content-length",
     b"te",
     b"trailer",
+    b"forwarded",  # what proxies say of who asks, others can say too
 }
-_LARGEST = 64 * 2**20  # of a request's body; Flower cuts what is larger than 5 MB into chunks
+_LARGEST = 16 * 2**20  # of a request's body; Flower cuts what is larger than 5 MB into chunks
+_PATIENCE = 60.0  # seconds that a body may take
+_AT_ONCE = 256  # requests that are not answered yet; connections without one count for nothing, as each client has some
 
 
 class Guard:
@@ -41,7 +46,7 @@ class Guard:
 
     def __init__(self, host: str, port: int, inner: str, keys: Path | None):
         """The door is closed yet."""
-        self._inner, self._keys, self._client = inner, keys, None
+        self._inner, self._keys, self._client, self._unanswered = inner, keys, None, 0
         self._server = uvicorn.Server(
             uvicorn.Config(
                 self._serve,
@@ -53,6 +58,7 @@ class Guard:
                 lifespan="off",
                 interface="asgi3",
                 ws="none",
+                proxy_headers=False,
                 timeout_keep_alive=75,
             )
         )
@@ -79,29 +85,46 @@ class Guard:
     async def _serve(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return
-        if scope["method"] != "POST" or not scope["path"].startswith(_OPEN) or ".." in scope["path"]:
+        if scope["method"] != "POST" or not _OPEN.fullmatch(scope["path"]) or scope["query_string"]:
             await _answer(send, 403, b"this door is for clients alone")
+        elif self._unanswered >= _AT_ONCE:
+            await _answer(send, 503, b"too many requests at once")
+        else:
+            self._unanswered += 1
+            try:
+                await self._pass(scope, receive, send)
+            finally:
+                self._unanswered -= 1
+
+    async def _pass(self, scope: Any, receive: Any, send: Any) -> None:
+        """Hand a request on, and its answer back."""
+        try:
+            body = await asyncio.wait_for(_body(receive), _PATIENCE)
+        except TimeoutError:
+            await _answer(send, 408, b"too slow")
             return
-        body = bytearray()
-        more = True
-        while more:
-            event = await receive()
-            if event["type"] != "http.request":
-                return  # the client is gone
-            body += event.get("body", b"")
-            more = event.get("more_body", False)
-            if len(body) > _LARGEST:
-                await _answer(send, 413, b"too large")
-                return
+        if body is None:
+            return  # the client is gone
+        if len(body) > _LARGEST:
+            await _answer(send, 413, b"too large")
+            return
         if self._client is None:
             trust = ssl.create_default_context(cafile=str(self._keys / "ca.crt")) if self._keys else True
             scheme = "https" if self._keys else "http"
             self._client = httpx.AsyncClient(
                 base_url=f"{scheme}://{self._inner}", verify=trust, timeout=300, trust_env=False
             )
-        headers = [(name, value) for name, value in scope["headers"] if name.lower() not in _HOP_BY_HOP]
+        named = (
+            b",".join(value for name, value in scope["headers"] if name.lower() == b"connection").lower().split(b",")
+        )
+        drop = _HOP_BY_HOP | {name.strip() for name in named}
+        headers = [
+            (name, value)
+            for name, value in scope["headers"]
+            if name.lower() not in drop and not name.lower().startswith(b"x-forwarded-")
+        ]
         try:
-            found = await self._client.post(scope["path"], content=bytes(body), headers=headers)
+            found = await self._client.post(scope["path"], content=body, headers=headers)
         except (TimeoutError, httpx.HTTPError):
             await _answer(send, 503, b"the server is not there")
             return
@@ -111,6 +134,18 @@ class Guard:
             if name.lower() not in _HOP_BY_HOP | {b"content-encoding"}
         ]
         await _answer(send, found.status_code, found.content, kept)
+
+
+async def _body(receive: Any) -> bytes | None:
+    """A request's body, or its beginning where it is too large; None if the client is gone."""
+    body, more = bytearray(), True
+    while more and len(body) <= _LARGEST:
+        event = await receive()
+        if event["type"] != "http.request":
+            return None
+        body += event.get("body", b"")
+        more = event.get("more_body", False)
+    return bytes(body)
 
 
 async def _answer(send: Any, status: int, body: bytes, headers: Any = ()) -> None:

@@ -25,10 +25,11 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from anyrank.errors import ConfigError
+from anyrank.flower.programs import check_name
 
 __all__ = ["make_keys"]
 
-_YEARS = 2
+_YEARS, _YEARS_OF_AUTHORITY = 2, 20  # clients have the authority's certificate, which is not easily replaced
 _CURVE = ec.SECP384R1()  # one that Flower takes for its nodes
 
 
@@ -37,17 +38,19 @@ def make_keys(folder: Path, *, hosts: Sequence[str], clients: Sequence[str]) -> 
 
     Args:
         folder: where it is kept.
-        hosts: names and addresses by which clients reach the server; new ones give it a new certificate.
+        hosts: names and addresses by which clients reach the server; new ones give it a new certificate, which has those of
+            the present one too.
         clients: names of clients.
 
     Returns:
         what was written.
 
     Raises:
-        ConfigError: a name that is no file name, or no host for a new certificate.
+        ConfigError: a client's name that is none, or no host for a new certificate.
     """
-    if odd := [name for name in clients if name != Path(name).name or name.startswith(".") or not name]:
-        raise ConfigError(f"--client {odd[0]!r}: expected a name that can be a file's.")
+    for name in clients:
+        check_name("--client", name)
+    hosts = [_ascii(host) for host in hosts]
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     if not (folder / "ca.key").exists():
@@ -55,11 +58,34 @@ def make_keys(folder: Path, *, hosts: Sequence[str], clients: Sequence[str]) -> 
     if hosts or not (folder / "server.crt").exists():
         if not hosts:
             raise ConfigError("--host: name at least one name or address by which clients reach the server.")
-        written += _server(folder, [*dict.fromkeys([*hosts, "127.0.0.1"])])  # the last, by which its own parts meet
+        # The last is that by which its own parts meet.
+        written += _server(folder, [*dict.fromkeys([*hosts, *_present(folder / "server.crt"), "127.0.0.1"])])
     for name in clients:
         if not (folder / "clients" / name).exists():
             written += _client(folder / "clients" / name)
     return written
+
+
+def _ascii(host: str) -> str:
+    """A name as certificates write it."""
+    try:
+        written = host.encode("idna").decode()
+    except UnicodeError as error:
+        written, reason = "", f" ({error})"
+    else:
+        reason = ""
+    if not written or not written.isprintable() or " " in written:
+        raise ConfigError(f"--host {host!r}: expected a name or an address, such as fed.example.org{reason}.")
+    return written
+
+
+def _present(certificate: Path) -> list[str]:
+    """The names and addresses in a certificate that is there."""
+    if not certificate.exists():
+        return []
+    names = x509.load_pem_x509_certificate(certificate.read_bytes()).extensions
+    found = names.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [*found.get_values_for_type(x509.DNSName), *map(str, found.get_values_for_type(x509.IPAddress))]
 
 
 def _authority(folder: Path) -> list[Path]:
@@ -69,7 +95,7 @@ def _authority(folder: Path) -> list[Path]:
         False, False, False, False, False, True, True, False, False
     )  # signs certificates, and no more
     made = (
-        _certificate(name, name, key.public_key())
+        _certificate(name, name, key.public_key(), datetime.now(UTC) + timedelta(days=365 * _YEARS_OF_AUTHORITY))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
         .sign(key, hashes.SHA384())
@@ -83,8 +109,9 @@ def _server(folder: Path, hosts: Sequence[str]) -> list[Path]:
     assert isinstance(signer, ec.EllipticCurvePrivateKey)
     key = ec.generate_private_key(_CURVE)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
+    until = min(datetime.now(UTC) + timedelta(days=365 * _YEARS), authority.not_valid_after_utc)
     made = (
-        _certificate(name, authority.subject, key.public_key())
+        _certificate(name, authority.subject, key.public_key(), until)
         .add_extension(x509.SubjectAlternativeName([_host(host) for host in hosts]), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -101,7 +128,9 @@ def _host(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+def _certificate(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, until: datetime
+) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
@@ -110,7 +139,7 @@ def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePub
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(hours=1))  # clocks differ
-        .not_valid_after(now + timedelta(days=365 * _YEARS))
+        .not_valid_after(until)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
 

@@ -13,8 +13,8 @@ class Letter:
     """A message in either direction.
 
     Args:
-        values: plain values by name, as JSON holds them. `ask` names what a client is asked for: `hello`, `agree`, `task`
-            or `bye`; `error` says why an answer holds nothing else.
+        values: plain values by name, as JSON holds them. `ask` names what a client is asked for: `hello`, `agree`, `task`,
+            `own`, `refused` or `bye`; `error` says why an answer holds nothing else.
         payload: bytes, as `wire` or `messages` packed them.
     """
 
@@ -34,7 +34,10 @@ class Letter:
             ValueError: it is something else.
         """
         length = int.from_bytes(packed[:8], "little")
-        values = json.loads(packed[8 : 8 + length])
+        try:
+            values = json.loads(packed[8 : 8 + length])
+        except RecursionError as error:  # a list in a list in a list, thousands deep
+            raise ValueError("not a letter") from error
         if not isinstance(values, dict) or len(packed) < 8 + length:
             raise ValueError("not a letter")
         return Letter(values, packed[8 + length :])

@@ -4,13 +4,15 @@ It needs neither model nor data: what is learned the clients say when they agree
 something else is left out, by name and with what differs.
 """
 
-import hashlib
+import fcntl
 import importlib.metadata
-import json
+import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,25 +25,23 @@ from anyrank.clock import Clock
 from anyrank.compute import devices, reproducible
 from anyrank.config import Recipe
 from anyrank.engine import Evaluation, Federation, Scorer
-from anyrank.errors import ConfigError, RecordError, TransportError
-from anyrank.federation import Device, Failure, Layer, ModelCost, Profile, Spec, Task, Update
+from anyrank.errors import ConfigError, RecordError, RoundFailed, TransportError
+from anyrank.federation import Device, Failure, Profile, Spec, Task, Update, make_task
+from anyrank.flower.answers import Agreed, Hello, clean, difference, union
 from anyrank.flower.letter import Letter
 from anyrank.job import Job, Outline, learner, local_of, method_of, problem_of, profiles, ranked, steps_of, topology_of
 from anyrank.messages import Compression, pack_task, unpack_update
 from anyrank.problem import Answers, Metric
 from anyrank.record import RunFolder
+from anyrank.results import own_plans
 from anyrank.train import Score, evaluate
-from anyrank.wire import decode, encode
 
 __all__ = ["Clients", "Post", "play"]
 
-_GARBAGE = (
-    KeyError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    RecordError,
-)  # what an answer of foreign origin can set off
+_TRIES = 3  # at rounds without a quorum, in the course of a run
+_QUESTION, _FAREWELL = 600.0, 30.0  # seconds for an answer to a question, where there is no longer deadline
+_REFUSED = 30.0  # seconds until somebody who was not let in is greeted again: what was wrong may be mended
+_LEFT_OVER = 60.0  # seconds that what is left of a killed server may take to end
 _PAUSE = 0.1  # seconds between looks at what has come
 
 
@@ -49,7 +49,7 @@ _PAUSE = 0.1  # seconds between looks at what has come
 class Post(Protocol):
     """Carries letters to clients' machines, which have numbers, and answers back."""
 
-    def nodes(self) -> Collection[int]:
+    def nodes(self) -> Set[int]:
         """Who is connected now."""
         ...
 
@@ -63,12 +63,21 @@ class Post(Protocol):
 
 
 @dataclass(frozen=True)
-class _Known:
-    """What is agreed on, once the first clients have said what they have."""
+class Past:
+    """What a server that is started anew knows of its run.
 
+    Args:
+        devices: as they were met, by client.
+        levels: the run's ranks.
+        label_names: in label order.
+        base_hash: of the base model.
+        digest: of what is learned, `Agreed.digest`.
+    """
+
+    devices: Mapping[str, Device]
+    levels: tuple[int, ...]
     label_names: list[str]
-    outline: Outline
-    spec: Spec
+    base_hash: str
     digest: str
 
 
@@ -81,6 +90,9 @@ class Clients:
         run: the run's name, under which clients keep what belongs to it.
         compression: of what travels.
         deadline: seconds after which a round, or a question, is over for whoever has not answered.
+        patience: seconds to wait for clients where there are too few.
+        measured: whether a device is as fast as its work is measured to be, or as its profile says.
+        name_of: the name that belongs to a node's key, where that is known; a client may have no other.
         noticed: is told what is worth knowing.
     """
 
@@ -92,152 +104,246 @@ class Clients:
         run: str,
         compression: Compression = "none",
         deadline: float | None = None,
+        patience: float = float("inf"),
+        measured: bool = False,
+        name_of: Callable[[int], str | None] = lambda node: None,
         noticed: Callable[[str], None] = lambda remark: None,
     ):
         """Nobody is asked anything yet."""
         self.post, self.recipe, self.run_name = post, recipe, run
         self.compression: Compression = compression
-        self.deadline, self.noticed = deadline, noticed
+        self.deadline, self.patience, self.measured = deadline, patience, measured
+        self.name_of, self.noticed = name_of, noticed
         self.node_of: dict[str, int] = {}
-        self._refused: set[int] = set()
-        self._hello: dict[int, Mapping[str, Any]] = {}
+        self._refused: dict[int, tuple[str, float]] = {}  # why, and until when nothing is asked
+        self._silent: dict[int, str] = {}  # who missed a deadline, and under which number it was asked since how it is
+        self._greeted: dict[int, Hello] = {}
+        self._met: set[int] = set()
         self._smaller: dict[str, int] = {}
+        self._too_large: dict[str, int] = {}  # the rank at which a client ran out of memory last
         self._folds: dict[str, int] = {}
-        self._known: _Known | None = None
+        self._past: Past | None = None
+        self._known: Agreed | None = None
         self._levels: tuple[int, ...] = ()
         self.down = self.up = 0
 
     # --- meeting --------------------------------------------------------------------------------------------------
 
-    def gather(
-        self, count: int, *, known: Mapping[str, Device], levels: tuple[int, ...], patience: float
-    ) -> tuple[Outline, Spec, dict[str, Device]]:
+    def gather(self, count: int, past: Past | None = None) -> tuple[Agreed, dict[str, Device]]:
         """Wait until so many clients agree, and say what they agree on and who they are.
 
         Args:
             count: of clients.
-            known: devices from before the server was started anew.
-            levels: the run's ranks from then; none takes those of the clients that come.
-            patience: seconds to wait.
+            past: what is known of a run that is gone on with.
 
         Raises:
-            TransportError: they are not there in time.
+            TransportError: they are not there in time, or do not agree.
         """
-        until = time.monotonic() + patience
-        told, here = -1, dict[str, Device]()
-        while True:
-            agreed, met = self._meet()
-            here |= met
-            if agreed and len(here) >= count:
-                self._levels = levels
-                fleet = {**known, **self._ranked(here, known, agreed.spec)}
-                self._levels = levels or tuple(sorted({device.rank for device in fleet.values()}))
-                return agreed.outline, replace(agreed.spec, levels=self._levels), dict(sorted(fleet.items()))
-            if len(here) != told:
-                told = len(here)
-                self.noticed(f"waiting for clients: {told} of {count} are here")
-            if time.monotonic() > until:
-                raise TransportError(
-                    f"{len(here)} of {count} clients came within {patience:g} s. Start the others, or lower fleet.per_round."
-                )
-            time.sleep(_PAUSE)
+        here, self._past = dict[str, Device](), past
+
+        def look() -> int:
+            here.update(self._meet(count))
+            return sum(self.node_of[client] in self._met for client in here)
+
+        self._wait_for(count, look)
+        assert self._known is not None
+        self._levels = past.levels if past else ()
+        fleet = {**(past.devices if past else {}), **self._ranked(here, past.devices if past else {})}
+        self._levels = self._levels or tuple(sorted({device.rank for device in fleet.values()}))
+        self._known = replace(self._known, spec=replace(self._known.spec, levels=self._levels))
+        return self._known, dict(sorted(fleet.items()))
 
     def meet(self, fleet: Mapping[str, Device]) -> tuple[dict[str, Device], list[str]]:
-        """Before a round: the fleet with those who are new or came back otherwise, and who of it is here now."""
-        known, met = self._meet()
-        fleet = {**fleet, **self._ranked(met, fleet, known.spec)} if known and met else dict(fleet)
+        """Before a round: the fleet with those who are new or came back otherwise, and who of it is here now.
+
+        Raises:
+            TransportError: there are fewer than the recipe's quorum, and no more come in time.
+        """
+        now, here = dict(fleet), list[str]()
+
+        def look() -> int:
+            now.update(self._ranked(self._meet(1), now))
+            here[:] = [client for client in now if self.node_of.get(client) in self._met]
+            return len(here)
+
+        self._wait_for(self.recipe.server.quorum, look)
         for client, number in self._folds.items():  # of who was greeted since: it may have lost them, or come back
-            if client in fleet:
-                fleet[client] = replace(fleet[client], folds=number)
+            if client in now:
+                now[client] = replace(now[client], folds=number)
         self._folds = {}
         for client, rank in self._smaller.items():
             self.noticed(f"{client} could not hold its work; from now on its rank is {rank}")
-            fleet[client] = replace(fleet[client], rank=rank)
+            now[client] = replace(now[client], rank=rank)
         self._smaller = {}
-        here = set(self.post.nodes())
-        return fleet, [client for client in fleet if self.node_of.get(client) in here]
+        return now, here
 
-    def _meet(self) -> tuple[_Known | None, dict[str, Device]]:
-        """Greet nodes that were not here before; what is agreed on, and the devices that were met."""
-        here = set(self.post.nodes())
-        for node in [*self._hello]:
-            if node not in here:  # it is greeted again when it comes back: its profile may be another one
-                del self._hello[node]
-        self._refused &= here
-        new = sorted(here - self._hello.keys() - self._refused)
-        hello = {"ask": "hello", "recipe": self.recipe.model_dump(mode="json"), "compression": self.compression}
-        for node, answer in self._ask({node: Letter(hello | {"run": self.run_name}) for node in new}).items():
-            try:
-                self._greet(node, answer.values, here)
-            except _GARBAGE as error:
-                self._refuse(node, f"on node {node}", f"its answer cannot be read ({error!r})")
-        return self._agree()
+    def forget(self) -> None:
+        """Greet everyone again, as a server does that was started anew."""
+        self._greeted.clear()
+        self._met.clear()
+        self._known = None
 
-    def _greet(self, node: int, said: Mapping[str, Any], here: Collection[int]) -> None:
-        if "error" in said:
-            self._refuse(node, str(said.get("client", node)), str(said["error"]))
+    def _wait_for(self, count: int, look: Callable[[], int]) -> None:
+        """Look again and again, until so many clients are here."""
+        until, told = time.monotonic() + self.patience, -1
+        while (here := look()) < count:
+            if here != told:
+                self.noticed(f"waiting for clients: {here} of {count} are here")
+                told = here
+            if time.monotonic() > until:
+                raise TransportError(
+                    f"{here} of {count} clients came within {self.patience:g} s. Start the others, or ask for fewer "
+                    "(fleet.per_round, server.quorum, --clients)."
+                )
+            time.sleep(_PAUSE)
+
+    def _meet(self, count: int) -> dict[str, Device]:
+        """Greet nodes that were not here before, and agree with them once there are enough; the devices that were met."""
+        here, now = self.post.nodes(), time.monotonic()
+        self._greeted = {
+            node: hello for node, hello in self._greeted.items() if node in here
+        }  # who comes back is another
+        self._met &= self._greeted.keys()
+        self._silent = {node: number for node, number in self._silent.items() if node in here}
+        barred = {node for node, (_, until) in self._refused.items() if now < until}
+        recipe = self.recipe.model_dump(mode="json")
+        hello = Letter({"ask": "hello", "run": self.run_name, "recipe": recipe, "compression": self.compression})
+        new = sorted(here - self._greeted.keys() - barred - self._silent.keys())
+        for node, answer in [*self._heard(hello), *self._ask(dict.fromkeys(new, hello)).items()]:
+            self._greet(node, answer, here)
+        return self._agree() if self._known or len(self._greeted) >= count else {}
+
+    def _heard(self, hello: Letter) -> list[tuple[int, Letter]]:
+        """Those who missed a deadline and have answered since. Nobody waits for them: Flower takes a minute to notice that a
+        node is gone."""
+        asked = {number: node for node, number in self._silent.items() if number}
+        heard = [(asked[number], answer) for number, answer in self.post.collect(asked).items()]
+        for node, _ in heard:
+            del self._silent[node]
+        to_ask = dict.fromkeys((node for node, number in self._silent.items() if not number), hello)
+        self._silent |= {node: number for number, node in self.post.send(to_ask).items()}
+        return heard
+
+    def _missed(self, node: int) -> None:
+        self._forget_node(node)
+        self._silent[node] = ""
+
+    def _forget_node(self, node: int) -> None:
+        self._greeted.pop(node, None)
+        self._met.discard(node)
+
+    def _greet(self, node: int, answer: Letter, here: Collection[int]) -> None:
+        called = self.name_of(node) or clean(answer.values.get("client", f"on node {node}"), most=100)
+        if "client" not in answer.values:  # Flower answers in place of a client that it cannot reach
+            self._missed(node)
             return
-        name, ours = str(said["client"]), importlib.metadata.version("anyrank")
-        if said["anyrank"] != ours:
-            self._refuse(node, name, f"it has anyrank {said['anyrank']}, the server {ours}")
+        if "error" in answer.values:
+            self._refuse(node, called, str(answer.values["error"]))
+            return
+        try:
+            hello = Hello.read(answer.values)
+        except RecordError as error:
+            self._refuse(node, called, str(error))
+            return
+        name, ours = hello.client, importlib.metadata.version("anyrank")
+        if hello.anyrank != ours:
+            self._refuse(node, name, f"it has anyrank {hello.anyrank}, the server {ours}")
+        elif self.name_of(node) not in (None, name):
+            self._refuse(node, name, f"its key is that of {self.name_of(node)}")
         elif self.node_of.get(name, node) != node and self.node_of[name] in here:
             self._refuse(node, name, "another client of this name is here already; give it a name of its own")
         else:
-            self.node_of[name], self._hello[node], self._folds[name] = node, said, int(said["folds"])
+            self.node_of = {other: at for other, at in self.node_of.items() if at != node} | {name: node}
+            self._greeted[node], self._folds[name] = hello, hello.folds
 
-    def _agree(self) -> tuple[_Known | None, dict[str, Device]]:
-        waiting = {node: said for node, said in self._hello.items() if "device" not in said}
+    def _agree(self) -> dict[str, Device]:
+        """Have those who were greeted say what is learned; what most of them say at first is agreed on."""
+        waiting = {node: hello for node, hello in sorted(self._greeted.items()) if node not in self._met}
         if not waiting:
-            return self._known, {}
-        names = self._known.label_names if self._known else _union(waiting.values())
-        asked = {"ask": "agree", "run": self.run_name, "label_names": names}
-        answers = self._ask({node: Letter(asked) for node in waiting})
-        outlines = {}
-        for node, answer in answers.items():
-            if "error" in answer.values:
-                self._refuse(node, waiting[node]["client"], str(answer.values["error"]))
+            return {}
+        names = self._known.outline.label_names if self._known else union([*waiting.values()])
+        asked = {
+            "ask": "agree",
+            "run": self.run_name,
+            "label_names": self._past.label_names if self._past else [*names],
+        }
+        found: dict[int, Agreed] = {}
+        for node, answer in self._ask({node: Letter(asked) for node in waiting}).items():
+            if "client" not in answer.values or answer.values.get("anew"):
+                self._missed(node)
+            elif "error" in answer.values:
+                self._refuse(node, waiting[node].client, str(answer.values["error"]))
             else:
                 try:
-                    outlines[node] = _outline(self.recipe, answer)
-                except _GARBAGE as error:
-                    self._refuse(node, waiting[node]["client"], f"its answer cannot be read ({error!r})")
-        if self._known is None and outlines:
-            common, _ = Counter(digest for _, _, digest in outlines.values()).most_common(1)[0]
-            outline, spec, digest = next(each for _, each in sorted(outlines.items()) if each[2] == common)
-            self._known = _Known(names, outline, spec, digest)
+                    found[node] = Agreed.read(self.recipe, answer)
+                except RecordError as error:
+                    self._refuse(node, waiting[node].client, str(error))
+        self._known = self._known or self._common(found)
         met = {}
-        for node, (outline, spec, digest) in sorted(outlines.items(), key=lambda item: waiting[item[0]]["client"]):
-            assert self._known is not None
-            client = waiting[node]["client"]
-            if digest != self._known.digest:
-                self._refuse(node, client, _difference(outline, spec, self._known))
-            elif device := self._device(node, waiting[node], answers[node].values["labels"]):
-                met[client] = device
-                self._hello[node] = {**waiting[node], "device": True}
-        return self._known, met
+        for node in sorted(found, key=lambda node: waiting[node].client):
+            if self._known and found[node].digest == self._known.digest:
+                if device := self._device(node, waiting[node], found[node].labels):
+                    met[device.client] = device
+                    self._met.add(node)
+            else:
+                self._refuse(node, waiting[node].client, self._apart(found[node]))
+        return met
 
-    def _device(self, node: int, said: Mapping[str, Any], labels: Sequence[int]) -> Device | None:
-        classes, own, kind = self.recipe.fleet.classes, said["profile"], said["kind"]
-        kind = kind or (next(iter(classes)) if len(classes) == 1 else "")
-        if kind not in classes and not own:
-            named = f"names the device class {kind!r}" if kind else "names no device class"
-            self._refuse(node, said["client"], f"it {named}; the recipe has: {', '.join(classes)}")
+    def _common(self, found: Mapping[int, Agreed]) -> Agreed | None:
+        """What more than half of the clients say, or what the run began with."""
+        if not found:
             return None
-        profile = Profile(**own) if own else profiles(self.recipe)[kind]
-        count = said["num_examples"]
-        steps = steps_of(self.recipe, count)
-        return Device(said["client"], kind, profile, 0, count, steps, tuple(labels))
+        said = Counter(each.digest for each in found.values())
+        digest, times = (self._past.digest, len(found)) if self._past else said.most_common(1)[0]
+        if 2 * times <= len(found):
+            one, other = [next(each for each in found.values() if each.digest == d) for d, _ in said.most_common(2)]
+            raise TransportError(
+                f"no more than {times} of {len(found)} clients agree on what is learned; of two of them: "
+                f"{clean(difference(one, other))}. Bring the same model and the same versions everywhere."
+            )
+        return next((each for _, each in sorted(found.items()) if each.digest == digest), None)
 
-    def _ranked(self, met: Mapping[str, Device], fleet: Mapping[str, Device], spec: Spec) -> dict[str, Device]:
-        """The new devices with ranks; one that was known keeps what was learned of it, unless it came back another."""
-        everyone = dict(sorted({**fleet, **met}.items()))
-        ranks = ranked(self.recipe, everyone, spec)
+    def _apart(self, found: Agreed) -> str:
+        if self._known:
+            return difference(found, self._known)
+        assert self._past is not None
+        if found.outline.base_hash != self._past.base_hash:
+            return f"its base hash is {found.outline.base_hash}, that of the run {self._past.base_hash}"
+        return "the labels, layers, start or costs of its model are not those that the run began with"
+
+    def _device(self, node: int, hello: Hello, labels: Sequence[int]) -> Device | None:
+        classes = self.recipe.fleet.classes
+        kind = hello.kind or (next(iter(classes)) if len(classes) == 1 else "")
+        if kind not in classes and (hello.profile is None or self.recipe.ranks["name"] == "per_class"):
+            named = f"names the device class {kind!r}" if kind else "names no device class"
+            self._refuse(node, hello.client, f"it {named}; the recipe has: {', '.join(classes)}")
+            return None
+        profile = Profile(**hello.profile.model_dump()) if hello.profile else profiles(self.recipe)[kind]
+        steps = steps_of(self.recipe, hello.num_examples)
+        return Device(hello.client, kind, profile, 0, hello.num_examples, steps, tuple(labels))
+
+    def _ranked(self, met: Mapping[str, Device], fleet: Mapping[str, Device]) -> dict[str, Device]:
+        """The new devices with ranks; one that was known keeps what was learned of it, unless it came back another.
+
+        Raises:
+            ConfigError: the recipe has no ranks for the clients that begin a run.
+        """
+        if not met:
+            return {}
+        assert self._known is not None
+        try:
+            ranks = ranked(self.recipe, dict(sorted({**fleet, **met}.items())), self._known.spec)
+        except ConfigError as error:
+            if not fleet:
+                raise
+            for client in met:
+                self._refuse(self.node_of[client], client, str(error))
+            return {}
         found = {}
         for client, device in met.items():
             before = fleet.get(client)
-            rank = min(
-                ranks[client], max(self._levels, default=ranks[client])
-            )  # the server's adapter has no more slots
+            most = max(self._levels, default=ranks[client])  # the server's adapter has no more slots
+            rank = min(ranks[client], most)
             if before and (before.kind, before.profile) == (device.kind, device.profile):
                 rank = before.rank
                 device = replace(device, times=before.times)
@@ -245,22 +351,28 @@ class Clients:
         return found
 
     def _refuse(self, node: int, client: str, reason: str) -> None:
-        self._hello.pop(node, None)
-        self._refused.add(node)
-        self.noticed(f"client {client} is not let in: {reason}")
+        """Say why somebody is not let in, once; what is wrong may be mended."""
+        self._forget_node(node)
+        reason, (before, _) = clean(reason), self._refused.get(node, ("", 0.0))
+        self._refused[node] = reason, time.monotonic() + _REFUSED
+        if reason != before:
+            self.noticed(f"client {clean(client, most=100)} is not let in: {reason}")
+            self.post.send({node: Letter({"ask": "refused", "reason": reason})})
 
-    def _ask(self, letters: Mapping[int, Letter]) -> dict[int, Letter]:
-        """Questions to nodes, and their answers; who does not answer in time is asked again later."""
+    def _ask(self, letters: Mapping[int, Letter], seconds: float = _QUESTION) -> dict[int, Letter]:
+        """Questions to nodes, and their answers; who does not answer in time is not waited for again."""
         if not letters:
             return {}
         numbers, answers = dict(self.post.send(letters)), {}
-        for number, answer in self._answers(numbers):
+        for number, answer in self._answers(numbers, max(seconds, self.deadline or 0.0)):
             answers[numbers[number]] = answer
+        for node in letters.keys() - answers.keys():  # nor is whoever it could not be sent to
+            self._missed(node)
         return answers
 
-    def _answers(self, numbers: Collection[str]) -> Iterator[tuple[str, Letter]]:
+    def _answers(self, numbers: Collection[str], seconds: float) -> Iterator[tuple[str, Letter]]:
         """Answers as they come, until all are here or time is up."""
-        until = time.monotonic() + (float("inf") if self.deadline is None else self.deadline)
+        until = time.monotonic() + seconds
         open_numbers = set(numbers)
         while open_numbers and time.monotonic() < until:
             came = self.post.collect(open_numbers)
@@ -276,7 +388,7 @@ class Clients:
         """Have tasks carried out; who has not answered by the deadline is late."""
         assert self._known is not None
         spec = self._known.spec
-        here, letters, by_node = set(self.post.nodes()), {}, {}
+        here, letters, by_node = self.post.nodes() - self._silent.keys(), {}, {}
         for task in tasks:
             node = self.node_of.get(task.plan.client)
             if node is None or node not in here:
@@ -293,58 +405,59 @@ class Clients:
             }
             letters[node], by_node[node] = Letter(values, payload), task
         numbers = dict(self.post.send(letters)) if letters else {}
-        missing = dict(by_node)
-        for number, answer in self._answers(numbers):
-            task = missing.pop(numbers[number])
+        for node in by_node.keys() - numbers.values():
+            yield Failure(by_node.pop(node).plan.client, tasks[0].round, "dropped", "its task could not be sent")
+        for number, answer in self._answers(numbers, self.deadline or float("inf")):
+            task = by_node.pop(numbers[number])
             self.up += len(answer.payload)
             yield self._read(task, answer)
-        for task in missing.values():
-            yield Failure(task.plan.client, task.round, "late", f"no reply within {self.deadline:g} s")
+        for node, task in by_node.items():
+            self._missed(node)
+            yield Failure(task.plan.client, task.round, "late", f"no reply within {self.deadline or 0:g} s")
 
     def _read(self, task: Task, answer: Letter) -> Update | Failure:
         client = task.plan.client
         if "error" in answer.values:
-            self._hello.pop(self.node_of[client], None)  # it is greeted again: it may have been started anew
+            self._forget_node(self.node_of[client])  # it is greeted again: it may have been started anew
             if answer.values.get("too_large"):
-                self._smaller[client] = max(1, task.plan.rank // 2)
-            return Failure(client, task.round, "rejected", str(answer.values["error"]))
+                self._lessen(client, task.plan.rank)
+            return Failure(client, task.round, "rejected", clean(answer.values["error"]))
         try:
-            return unpack_update(answer.payload, task)
+            update, seconds = unpack_update(answer.payload, task), answer.values.get("seconds")
         except RecordError as error:
-            return Failure(client, task.round, "rejected", str(error))
+            return Failure(client, task.round, "rejected", clean(error))
+        if self.measured and isinstance(seconds, float) and isfinite(seconds) and seconds > 0:
+            return replace(update, seconds=seconds)
+        return update
+
+    def _lessen(self, client: str, rank: int) -> None:
+        """Half the rank for a client that cannot hold it; nothing more where that does not help."""
+        if rank > 1 and rank < self._too_large.get(client, rank + 1):
+            self._too_large[client], self._smaller[client] = rank, rank // 2
+        else:
+            node, reason = (
+                self.node_of[client],
+                f"it runs out of memory at rank {rank}, and the method has no less for it",
+            )
+            self._refuse(node, client, reason)
+            self._refused[node] = reason, float("inf")
+
+    def hand_over(self, tasks: Iterable[Task]) -> None:
+        """Have clients write down what is their own at the end of a run, with what they are sent for it."""
+        assert self._known is not None
+        here, letters = self.post.nodes() - self._silent.keys(), {}
+        for task in tasks:
+            node = self.node_of.get(task.plan.client)
+            if node in here:
+                values = {"ask": "own", "run": self.run_name, "levels": list(self._levels)}
+                letters[node] = Letter(values, pack_task(task, self._known.spec))
+        self._ask(letters)
 
     def end(self) -> None:
         """Tell everyone that the run is over."""
-        here = self.post.nodes()
-        self._ask({n: Letter({"ask": "bye", "run": self.run_name}) for n in self.node_of.values() if n in here})
-
-
-def _union(said: Any) -> list[str]:
-    """The labels of all clients: as all have them, or else in order."""
-    names = [list(each["label_names"]) for each in said]
-    return names[0] if all(each == names[0] for each in names) else sorted({name for each in names for name in each})
-
-
-def _outline(recipe: Recipe, answer: Letter) -> tuple[Outline, Spec, str]:
-    """What a client says is learned, and a hash of all of it that has to be the same everywhere."""
-    values = answer.values
-    start = decode(answer.payload)[0]["start"]
-    layers = tuple(Layer(**layer) for layer in values["layers"])
-    spec = Spec(layers, (), recipe.lora.scale, recipe.seed, start, ModelCost(**values["cost"]))
-    same = json.dumps([values["outline"], values["layers"], values["cost"]], sort_keys=True).encode()
-    return Outline(**values["outline"]), spec, hashlib.sha256(same + encode({"start": start}, {})).hexdigest()
-
-
-def _difference(outline: Outline, spec: Spec, known: _Known) -> str:
-    """What of a client's outline is not as agreed."""
-    for name, value in vars(known.outline).items():
-        if (own := getattr(outline, name)) != value:
-            return f"its {name.replace('_', ' ')} is {own}, the others' {value}"
-    if spec.layers != known.spec.layers:
-        return "other layers of its model are adapted"
-    if spec.cost != known.spec.cost:
-        return "a step of its model costs otherwise; the versions of its libraries may differ"
-    return "the adapter that it starts from is another one"
+        here = self.post.nodes() - self._silent.keys()
+        bye = Letter({"ask": "bye", "run": self.run_name})
+        self._ask({node: bye for node in self.node_of.values() if node in here}, _FAREWELL)
 
 
 def play(
@@ -353,7 +466,6 @@ def play(
     clients: Clients,
     *,
     count: int,
-    patience: float = float("inf"),
     observer: Observer | None = None,
     command: str = "",
 ) -> RunFolder:
@@ -367,7 +479,6 @@ def play(
         out: the run folder.
         clients: how they are reached.
         count: how many to wait for before the first round.
-        patience: seconds to wait for them.
         observer: is told what happens.
         command: how the run was started, for the record.
 
@@ -375,13 +486,53 @@ def play(
         ConfigError: a recipe that needs all data in one place.
         RecordError: a run folder of another recipe, or of clients that now have another model.
         TransportError: the clients do not come.
-        RoundFailed: a round without a valid update; the checkpoint before it is kept.
+        RoundFailed: a round without a quorum, time and again; the checkpoint before it is kept.
     """
     _check(recipe)
-    observer = observer or Observer()
+    out.mkdir(parents=True, exist_ok=True)
+    with _alone(out):
+        if (out / "adapter").exists() and len(RunFolder.open(out).records()) == recipe.rounds:
+            folder = RunFolder.open(out)
+            _remembered(folder, recipe)
+            return folder  # it needs nobody
+        for left in reversed(range(_TRIES)):
+            try:
+                return _play(recipe, out, clients, count, observer or Observer(), command)
+            except RoundFailed as error:
+                said = error.args[0].partition(". Resuming")[0]
+                if not left:
+                    raise RoundFailed(f"{said}. What was played is kept: the same command goes on with it.") from error
+                clients.noticed(f"{said}. The round is played again.")
+                clients.forget()
+                count = recipe.server.quorum
+        raise AssertionError  # the last try returned or raised
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep a second server from playing into the same run folder."""
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        until = time.monotonic() + _LEFT_OVER
+        while True:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > until:
+                    raise RecordError(
+                        f"{out} is being played into by another server; wait for it, or stop it."
+                    ) from error
+                time.sleep(_PAUSE)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _play(recipe: Recipe, out: Path, clients: Clients, count: int, observer: Observer, command: str) -> RunFolder:
     folder = RunFolder.open(out) if (out / "run.json").exists() else None
-    known, levels = _remembered(folder, recipe) if folder else ({}, ())
-    outline, spec, fleet = clients.gather(count, known=known, levels=levels, patience=patience)
+    agreed, fleet = clients.gather(count, _remembered(folder, recipe) if folder else None)
+    outline, spec = agreed.outline, agreed.spec
     cohort = Cohort(
         fleet=fleet,
         shards={},
@@ -398,14 +549,10 @@ def play(
     if folder is None:
         size = {"train": sum(device.num_examples for device in fleet.values()), "test": judge[1] if judge else 0}
         about = description(job, command, data={"fingerprint": "", **size}, references={})
-        folder = RunFolder.create(
-            out, {**about, "run": clients.run_name, "levels": list(spec.levels), "devices": _told(fleet)}
-        )
-    elif folder.info["base_hash"] != outline.base_hash:
-        raise RecordError(
-            f"{out} was started with another base model: SHA-256 {folder.info['base_hash'][:12]}; the clients' is now "
-            f"{outline.base_hash[:12]}. Bring it back as it was, or start a new run."
-        )
+        told = {"run": clients.run_name, "levels": list(spec.levels), "devices": _told(fleet), "agreed": agreed.digest}
+        folder = RunFolder.create(out, {**about, **told})
+    else:
+        folder.update_info(fleet=described(fleet), devices=_told(fleet))  # some may have come since
 
     def meet(before: Mapping[str, Device]) -> tuple[Mapping[str, Device], Collection[str]]:
         fleet, here = clients.meet(before)
@@ -422,6 +569,7 @@ def play(
         metric=Metric(outline.metric, _elsewhere, outline.higher_is_better),
         per_round=recipe.fleet.per_round,
         rounds=recipe.rounds,
+        quorum=recipe.server.quorum,
         norm_limit=recipe.server.norm_limit,
         evaluation=Evaluation(**recipe.evaluate.model_dump()),
         seed=recipe.seed,
@@ -429,7 +577,13 @@ def play(
         meet=meet,
         disk=folder.path,
     )
-    play_rounds(job, folder, federation, observer)
+    progress = play_rounds(job, folder, federation, observer)
+    if method.claims.personal or progress.peers:
+        fleet = progress.fleet
+        clients.hand_over(
+            make_task(method, state, plan, kind="test", held=fleet[plan.client].folds)
+            for state, plan in own_plans(job, progress, list(fleet.values()))
+        )
     clients.end()
     return folder
 
@@ -471,13 +625,15 @@ def _elsewhere(answers: Answers) -> float:
     raise RecordError("the server has no examples to work this out on")
 
 
-def _remembered(folder: RunFolder, recipe: Recipe) -> tuple[dict[str, Device], tuple[int, ...]]:
-    if folder.info["recipe"] != recipe.model_dump(mode="json"):
+def _remembered(folder: RunFolder, recipe: Recipe) -> Past:
+    info = folder.info
+    if info["recipe"] != recipe.model_dump(mode="json"):
         raise RecordError(f"{folder.path} holds a run of another recipe. Choose another folder with --out.")
-    return {
+    devices = {
         client: Device(**{**told, "profile": Profile(**told["profile"]), "labels": tuple(told["labels"])})
-        for client, told in folder.info["devices"].items()
-    }, tuple(folder.info["levels"])
+        for client, told in info["devices"].items()
+    }
+    return Past(devices, tuple(info["levels"]), info["data"]["label_names"], info["base_hash"], info["agreed"])
 
 
 def _told(fleet: Mapping[str, Device]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What Flower starts on the server: it plays a recipe with the clients that are connected."""
 
 import json
+import os
 import uuid
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def main(grid: Grid, context: Context) -> None:
     settings = context.run_config
     if not settings["recipe"] or not settings["out"]:
         raise ConfigError("recipe, out: the run's configuration has to name both, as absolute paths on the server.")
-    changes = {"data.source": "of each client", **config.parse_overrides(json.loads(str(settings["settings"])))}
+    changes = {"data.source": "each client", **config.parse_overrides(json.loads(str(settings["settings"])))}
     recipe, out = load_recipe(Path(str(settings["recipe"])), changes), Path(str(settings["out"]))
     console = Console(markup=False, force_terminal=False, width=128)
     with LiveObserver(console) as observer:
@@ -39,6 +40,9 @@ def main(grid: Grid, context: Context) -> None:
             run=_name(out),
             compression=_one_of(str(settings["compression"])),
             deadline=float(settings["deadline"]) or recipe.clock.deadline,
+            patience=float(settings["patience"]) or float("inf"),
+            measured=settings["times"] == "measured",
+            name_of=_name_of,
             noticed=observer.noticed,
         )
         folder = play(
@@ -46,11 +50,17 @@ def main(grid: Grid, context: Context) -> None:
             out,
             clients,
             count=int(settings["clients"]) or recipe.fleet.per_round,
-            patience=float(settings["patience"]) or float("inf"),
             observer=observer,
             command="on Flower",
         )
     console.print(*summary(folder), sep="\n")
+
+
+def _name_of(node: int) -> str | None:
+    """The name under which a node's key is registered, where `link.serving` has registered it."""
+    file = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser() / "clients.json"
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    return next((name for name, client in known.items() if client["node"] == str(node)), None)
 
 
 def _name(out: Path) -> str:

@@ -1,8 +1,8 @@
 """The process on a client's machine that keeps model and data loaded while Flower's processes come and go.
 
 It listens on a local socket in a folder that only its user may enter, and answers those who know the key that lies there. It
-is started by the first who asks, and ends with the run, with the process named by `ANYRANK_OWNER`, or after an hour without
-a question.
+is started by the first who asks, and ends with the run, with the process named by `ANYRANK_OWNER`, after an hour without a
+question, or when one with other settings is asked for in the same folder.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def ask(settings: Mapping[str, Any], letter: Letter) -> Letter:
     """
     folder = Path(settings["folder"])
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    key, socket = _key(folder), _socket(folder)
+    key, socket = _key(folder), _socket(settings)
     try:
         connection = _connected(settings, folder, socket, key)
         with connection:
@@ -71,13 +71,14 @@ def _key(folder: Path) -> bytes:
     return file.read_bytes()
 
 
-def _socket(folder: Path) -> str:
-    """Where the worker listens: a short path, since systems take about 100 characters."""
+def _socket(settings: Mapping[str, Any]) -> str:
+    """Where the worker with these settings and this owner listens: a short path, as systems take about 100 characters."""
     place = Path(tempfile.gettempdir()) / f"anyrank-{os.getuid()}"
     place.mkdir(mode=0o700, exist_ok=True)
     if place.stat().st_uid != os.getuid() or place.stat().st_mode & 0o077:
         raise TransportError(f"{place} is not a folder of this user alone; remove it, or set TMPDIR to another place.")
-    return str(place / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24])
+    told = {**settings, "folder": str(Path(settings["folder"]).resolve()), OWNER: os.environ.get(OWNER)}
+    return str(place / hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24])
 
 
 def _connected(settings: Mapping[str, Any], folder: Path, socket: str, key: bytes) -> Any:
@@ -113,7 +114,7 @@ def _main(settings: Mapping[str, Any]) -> None:
     from anyrank.flower.site import Site
 
     folder, profile = Path(settings["folder"]), settings["profile"]
-    socket = _socket(folder)
+    socket = _socket(settings)
     site = Site(
         settings["client"],
         settings["source"],
@@ -121,10 +122,14 @@ def _main(settings: Mapping[str, Any]) -> None:
         kind=settings["kind"],
         profile=profile and Profile(**profile),
     )
-    Path(socket).unlink(missing_ok=True)  # of one that was killed
-    with Listener(socket, "AF_UNIX", backlog=8, authkey=_key(folder)) as listener:
+    current = folder / "current"
+    current.write_text(socket)
+    with current.open() as alone, contextlib.ExitStack() as stack:
+        fcntl.flock(alone, fcntl.LOCK_EX)  # until the one before has seen that it is not current, and ended
+        Path(socket).unlink(missing_ok=True)  # of one that was killed
+        listener = stack.enter_context(Listener(socket, "AF_UNIX", backlog=8, authkey=_key(folder)))
         last = [time.monotonic()]
-        threading.Thread(target=_end_alone, args=(socket, last), daemon=True).start()
+        threading.Thread(target=_end_alone, args=(current, socket, last), daemon=True).start()
         over = False
         while not over:
             try:
@@ -132,7 +137,7 @@ def _main(settings: Mapping[str, Any]) -> None:
                     letter = Letter.unpacked(connection.recv_bytes())
                     last[0] = float("inf")
                     answer = site.answer(letter)
-                    over = letter.values.get("ask") == "bye"
+                    over = letter.values.get("ask") == "bye" and not site.run  # or else it was of another run
                     connection.send_bytes(answer.packed())
             except (EOFError, OSError, ValueError) as error:  # whoever asked is gone, or had no key
                 print(f"a question was not answered: {error!r}", flush=True)
@@ -143,13 +148,21 @@ def _main(settings: Mapping[str, Any]) -> None:
             last[0] = time.monotonic()
 
 
-def _end_alone(socket: str, last: list[float]) -> None:
-    """End the process with its owner, or when nobody has asked for long."""
+def _end_alone(current: Path, socket: str, last: list[float]) -> None:
+    """End the process with its owner, or when nobody has asked for long, or for the sake of one with other settings."""
     owner = int(os.environ.get(OWNER, "0"))
-    while _alive(owner) if owner else time.monotonic() - last[0] < _IDLE:
+    while (_alive(owner) if owner else time.monotonic() - last[0] < _IDLE) and _read(current) in ("", socket):
         time.sleep(1)
     Path(socket).unlink(missing_ok=True)
     os._exit(0)
+
+
+def _read(file: Path) -> str:
+    """What is in a file; nothing while it is being written, or when it is gone."""
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
 
 
 def _alive(process: int) -> bool:

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from anyrank.federation import Failure, Task, Update
+from anyrank.transport.flower_sim import FlowerSimulation
 from anyrank.transport.in_process import InProcess
 from anyrank.transport.workers import Workers
 
-__all__ = ["InProcess", "Transport", "Workers"]
+__all__ = ["FlowerSimulation", "InProcess", "Transport", "Workers"]
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Subset
 
+from anyrank.adapter import Adapter
 from anyrank.client import Assignment, Reply, work, work_together
 from anyrank.data import held_out
 from anyrank.federation import Failure, Method, Task, Update
@@ -71,6 +72,13 @@ class InProcess:
                 parts += _dealt(some, self._cost, count)
         return sorted(parts, key=lambda part: -sum(map(self._cost, part)))
 
+    def kept(self, task: Task) -> Adapter | None:
+        """What a task's client has kept for it, if anything."""
+        if not self.method.keep:
+            return None
+        before = (task.round, task.phase) if task.kind == "train" else (task.round + 1, 0)
+        return self.memory.read(task.plan.client, before=before)
+
     def _cost(self, task: Task) -> int:
         """Examples that a task goes through, about."""
         size = len(self.shards[task.plan.client])
@@ -112,11 +120,7 @@ class InProcess:
         train, evaluate = (Subset(self.data, part.tolist()) for part in self._parts(client))  # pyright: ignore[reportArgumentType]
         if self.prefix:
             train = self.prefix.examples(task, train)
-        kept = None
-        if self.method.keep:
-            before = (task.round, task.phase) if task.kind == "train" else (task.round + 1, 0)
-            kept = self.memory.read(client, before=before)
-        return Assignment(task, {"train": train, "evaluate": evaluate, "test": self.test}, kept)
+        return Assignment(task, {"train": train, "evaluate": evaluate, "test": self.test}, self.kept(task))
 
 
 def _dealt(tasks: Sequence[Task], cost: Callable[[Task], int], count: int) -> list[list[Task]]:

@@ -7,15 +7,12 @@ and a task on its own gives the same result wherever it is done. So the same pla
 import contextlib
 import ctypes
 import gc
-import io
-import math
 import multiprocessing
 import os
 import pickle
 import signal
 import threading
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -23,14 +20,13 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from anyrank.adapter import Adapter
-from anyrank.errors import AnyrankError, TransportError
+from anyrank.errors import TransportError
 from anyrank.federation import Failure, Task, Update
 from anyrank.transport.in_process import InProcess
+from anyrank.transport.pickles import dumps, heard, told
 
-__all__ = ["Workers"]
+__all__ = ["Workers", "one_thread"]
 
 _DONE = None  # after the replies to a share
 
@@ -87,19 +83,15 @@ class Workers:
             AnyrankError: as a worker raised it.
             OSError: as a worker raised it.
         """
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the cores are the workers'
-        try:
+        with one_thread():
             yield from self._run(self._inner.shares(tasks, len(self._workers)))
-        finally:
-            torch.set_num_threads(threads)
 
     def _run(self, shares: list[list[Task]]) -> Iterator[Update | Failure]:
         idle, busy = list(self._workers), dict[Connection, tuple[_Worker, Sequence[Task]]]()
         while shares or busy:
             while shares and idle:
                 worker, share = idle.pop(0), shares.pop(0)
-                content = _dumps(share)
+                content = dumps(share)
                 with _alive(worker, share):
                     worker.pipe.send_bytes(content)
                 busy[worker.pipe] = worker, share
@@ -112,15 +104,21 @@ class Workers:
                     yield reply
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Leave the cores to those who work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _received(worker: _Worker, share: Sequence[Task]) -> Any:
     with _alive(worker, share):
         content = worker.pipe.recv_bytes()
-    reply = pickle.loads(content)
-    if isinstance(reply, Exception):
-        raise reply
-    if isinstance(reply, str):
-        raise TransportError(f"round {share[0].round}: a worker process failed:\n{reply}")
-    return reply
+    return heard(content, round=share[0].round)
 
 
 @contextlib.contextmanager
@@ -167,10 +165,10 @@ def _serve(inner: InProcess, parents: Connection, pipe: Connection, threads: int
                 if device:
                     inner.model.to(device)
                 for reply in inner.run(share):
-                    pipe.send_bytes(_dumps(reply))
-                pipe.send_bytes(_dumps(_DONE))
+                    pipe.send_bytes(dumps(reply))
+                pipe.send_bytes(dumps(_DONE))
             except Exception as error:
-                pipe.send_bytes(_dumps(_told(error)))
+                pipe.send_bytes(dumps(told(error)))
     os._exit(0)
 
 
@@ -182,66 +180,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _told(error: Exception) -> Exception | str:
-    """What the parent is told: an error that a user can meet as it is, of any other its traceback."""
-    if not isinstance(error, AnyrankError | OSError):
-        return traceback.format_exc()
-    error.add_note(traceback.format_exc())
-    if isinstance(error, OSError):
-        try:
-            pickle.loads(_dumps(error))
-        except Exception:  # a library's own kind
-            return OSError(str(error))
-    return error
-
-
 def _keep_freed_memory() -> None:
     """Have the C library keep what is freed: activations come and go at every step, and new pages cost more than their use."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
         mallopt(mmap_threshold, 1 << 30)
         mallopt(trim_threshold, (1 << 31) - 1)
-
-
-class _Pickler(pickle.Pickler):
-    """Sends an adapter as one array, not tensor by tensor, and adapters that are views of the same memory once."""
-
-    def __init__(self, stream: io.BytesIO):
-        super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
-        self._sent: dict[Any, tuple[Mapping[str, Tensor], Any]] = {}
-
-    def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, Adapter):
-            tensors = obj.tensors()
-            if len({tensor.dtype for tensor in tensors.values()}) == 1:
-                key = tuple((name, t.data_ptr(), t.shape, t.stride()) for name, t in tensors.items())
-                if key not in self._sent:
-                    # The tensors as well: the memory of one that is gone, as those read from disk soon are, is used again.
-                    self._sent[key] = tensors, _flat(tensors)
-                return _adapter, self._sent[key][1]
-        if isinstance(obj, Tensor):
-            numbers = obj.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-            return _tensor, (numbers, obj.dtype, tuple(obj.shape))
-        if isinstance(obj, AnyrankError):  # not by calling its class, which may take more than the message
-            return type(obj).__new__, (type(obj), *obj.args), vars(obj)
-        return NotImplemented
-
-
-def _flat(tensors: Mapping[str, Tensor]) -> tuple[list[tuple[str, tuple[int, ...]]], Tensor]:
-    shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    return shapes, torch.cat([tensor.detach().cpu().reshape(-1) for tensor in tensors.values()])
-
-
-def _adapter(shapes: Sequence[tuple[str, tuple[int, ...]]], flat: Tensor) -> Adapter:
-    parts = flat.split([math.prod(shape) for _, shape in shapes])
-    return Adapter.from_tensors({name: part.view(shape) for (name, shape), part in zip(shapes, parts, strict=True)})
-
-
-def _tensor(numbers: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    return torch.from_numpy(numbers).view(dtype).reshape(shape)
-
-
-def _dumps(content: Any) -> bytes:
-    stream = io.BytesIO()
-    _Pickler(stream).dump(content)
-    return stream.getvalue()

@@ -1,0 +1,1 @@
+"""Contestants of `deploy.py`, as an app of Flower's."""
