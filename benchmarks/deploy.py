@@ -22,7 +22,8 @@ round, less the training of that one. With 3 clients three processes start at on
 training is in the way of another's start: between machines of their own it is not.
 
 The parts of a warm task, each a median, so that they do not quite add up:
-- `asked`: until the SuperNode asks for work. After each answer it asks at once, and when there is nothing, again in 3 s;
+- `asked`: until the door hands the SuperNode the task, for which it has been waiting there since its last answer. At a
+  SuperLink without the door it would ask at once, and when there is nothing, again in 3 s;
 - `started`: until a process is started for the message. Flower's executor looks every 0.1 s here, 1 s by default;
 - `read`: until this process has imported Flower and its app, and has the message;
 - `answered`: until it has the answer, the training left out: with anyrank, the way to the worker and back, with all that the

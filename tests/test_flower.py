@@ -135,7 +135,7 @@ def test_only_what_clients_ask_for_goes_through_the_door(tmp_path, secure):
         threading.Thread(target=inner.serve_forever, daemon=True).start()
         port = free_port()
         trust = ssl.create_default_context(cafile=str(tmp_path / "ca.crt")) if secure else True
-        with Guard("127.0.0.1", port, f"127.0.0.1:{inner.server_address[1]}", keys):
+        with Guard("127.0.0.1", port, f"127.0.0.1:{inner.server_address[1]}", keys, tmp_path / "state.db"):
             client = httpx.Client(base_url=f"http{'s' * secure}://127.0.0.1:{port}", verify=trust, trust_env=False)
             with client:
                 large = os.urandom(6_000_000)
@@ -163,7 +163,10 @@ def test_the_door_waits_only_so_long_and_for_so_many(tmp_path, monkeypatch):
     monkeypatch.setattr(anyrank.flower.guard, "_PATIENCE", 1.0)
     monkeypatch.setattr(anyrank.flower.guard, "_AT_ONCE", 1)
     port = free_port()
-    with Guard("127.0.0.1", port, "127.0.0.1:1", None), socket.create_connection(("127.0.0.1", port)) as slow:
+    with (
+        Guard("127.0.0.1", port, "127.0.0.1:1", None, tmp_path / "state.db"),
+        socket.create_connection(("127.0.0.1", port)) as slow,
+    ):
         slow.sendall(b"POST /v1/fleet/push HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\nabc")
         time.sleep(0.2)
         assert httpx.post(f"http://127.0.0.1:{port}/v1/fleet/push", trust_env=False).text == "too many requests at once"
@@ -171,6 +174,74 @@ def test_the_door_waits_only_so_long_and_for_so_many(tmp_path, monkeypatch):
         assert slow.recv(1000).startswith(b"HTTP/1.1 408")
         found = httpx.post(f"http://127.0.0.1:{port}/v1/fleet/push", trust_env=False)
         assert found.text == "the server is not there"
+
+
+class Link(http.server.BaseHTTPRequestHandler):
+    """Hands out work where there is some, and refuses to answer from some time on."""
+
+    work: ClassVar[bytes] = b""
+    asked: ClassVar[int] = 0
+    refuses_from: ClassVar[int] = 1000
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        Link.asked += 1
+        self.send_response(401 if Link.asked >= Link.refuses_from else 200)
+        self.send_header("content-length", str(len(self.work)))
+        self.end_headers()
+        self.wfile.write(self.work)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_who_asks_for_work_gets_it_when_it_is_there(tmp_path, monkeypatch):
+    port, database = free_port(), tmp_path / "state.db"
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Link) as inner:
+        threading.Thread(target=inner.serve_forever, daemon=True).start()
+        with Guard("127.0.0.1", port, f"127.0.0.1:{inner.server_address[1]}", None, database):
+
+            def ask(path: str = "pull-messages") -> httpx.Response:
+                Link.asked = 0
+                return httpx.post(f"http://127.0.0.1:{port}/v1/fleet/{path}", content=b"x", trust_env=False)
+
+            def order() -> None:
+                Link.work = b"work"
+                database.touch()
+
+            begun = time.monotonic()
+            threading.Timer(0.5, order).start()
+            assert ask().content == b"work"
+            assert time.monotonic() - begun < 1.5  # Flower's own SuperNode would have slept for 3 s
+            assert Link.asked == 3  # at once, to know the state of the database, and after that has changed
+
+            monkeypatch.setattr(Link, "work", b"")
+            assert ask("push-object").content == b""  # nothing else waits
+            assert Link.asked == 1
+
+            monkeypatch.setattr(Link, "refuses_from", 2)
+            found = ask()
+            assert (found.status_code, found.content) == (200, b"")  # as it was when it was asked
+
+            monkeypatch.setattr(Link, "refuses_from", 1)
+            assert ask().status_code == 401  # who may not ask does not wait
+            assert Link.asked == 1
+
+            monkeypatch.setattr(Link, "refuses_from", 1000)
+            Link.asked = 0
+            with socket.create_connection(("127.0.0.1", port)) as gone:
+                gone.sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")
+                while Link.asked < 2:
+                    time.sleep(0.01)
+            time.sleep(0.1)
+            database.unlink()
+            time.sleep(0.5)
+            assert Link.asked == 2  # nothing is fetched for who is gone
+
+            monkeypatch.setattr(anyrank.flower.guard, "_WAIT", 0.0)
+            assert ask().content == b""
+            assert Link.asked == 1
+        inner.shutdown()
 
 
 # --- letters and the worker ---------------------------------------------------------------------------------------
@@ -211,50 +282,35 @@ def test_what_a_node_says_of_its_client(tmp_path):
     "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
 )  # it outlives us
 def test_a_worker_starts_stays_and_ends_with_the_run(tmp_path):
-    """The same process answers twice; a question without the key is not answered; after the end another one starts."""
+    """The same process answers again; one with other settings takes its place; after the end there is none."""
     file = tmp_path / "recipe.toml"
     file.write_text(recipe_toml(write_model(tmp_path / "model"), write_reviews(tmp_path / "reviews.csv", rows=20)))
     recipe = anyrank.load_recipe(file).model_dump(mode="json")
-    settings = {
-        "client": "ann",
-        "source": str(tmp_path / "reviews.csv"),
-        "folder": str(tmp_path / "state"),
-        "kind": "weak",
-        "profile": None,
-    }
     hello = Letter({"ask": "hello", "run": "r", "recipe": recipe, "compression": "none"})
-    first = ask(settings, hello)
-    assert first.values["client"] == "ann"
-    assert first.values["num_examples"] == 18
-    agreed = ask(settings, Letter({"ask": "agree", "run": "r", "label_names": ["kind", "unkind"]}))
-    assert agreed.values["labels"] == [*agreed.values["labels"]]
-    assert sum(agreed.values["labels"]) == 18  # the process that read the data still knows it
+    agree = Letter({"ask": "agree", "run": "r", "label_names": ["kind", "unkind"]})
+    settings = {"client": "ann", "source": str(tmp_path / "reviews.csv"), "folder": str(tmp_path / "state")}
+    settings |= {"kind": "weak", "profile": None}
+
+    first = ask(settings, hello).values
+    assert (first["client"], first["kind"], first["num_examples"]) == ("ann", "weak", 18)
+    agreed = ask(settings, agree).values
+    assert agreed["labels"] == [*agreed["labels"]]
+    assert sum(agreed["labels"]) == 18  # the process that read the data still knows it
     assert "expected one of hello" in ask(settings, Letter({"ask": "nonsense"})).values["error"]
-    assert ask(settings, Letter({"ask": "bye", "run": "r"})).values["client"] == "ann"
-    again = ask(settings, Letter({"ask": "task", "run": "r"}))
-    assert "started anew" in again.values["error"]
-    ask(settings, Letter({"ask": "bye", "run": "r"}))
     assert (tmp_path / "state" / "key").stat().st_mode & 0o777 == 0o600
 
-
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
-)  # they outlive who started them
-def test_a_worker_with_other_settings_takes_the_place_of_the_one_before(tmp_path):
-    file = tmp_path / "recipe.toml"
-    file.write_text(recipe_toml(write_model(tmp_path / "model"), write_reviews(tmp_path / "reviews.csv", rows=20)))
-    recipe = anyrank.load_recipe(file).model_dump(mode="json")
-    hello = Letter({"ask": "hello", "run": "r", "recipe": recipe, "compression": "none"})
-    first = {"client": "ann", "source": str(tmp_path / "reviews.csv"), "folder": str(tmp_path / "state")}
-    first |= {"kind": "weak", "profile": None}
-    other = {**first, "source": str(write_reviews(tmp_path / "more.csv", rows=40)), "kind": "strong"}
-    assert ask(first, hello).values["num_examples"] == 18
-    answer = ask(other, hello).values
-    assert (answer["num_examples"], answer["kind"]) == (36, "strong")
-    assert not Path(_socket(first)).exists()  # it has ended
+    other = {**settings, "source": str(write_reviews(tmp_path / "more.csv", rows=40)), "kind": "strong"}
+    assert "started anew" in ask(other, Letter({"ask": "task", "run": "r"})).values["error"]
+    assert not Path(_socket(settings)).exists()  # it has ended
+    second = ask(other, hello).values
+    assert (second["kind"], second["num_examples"]) == ("strong", 36)
     ask(other, Letter({"ask": "bye", "run": "elsewhere"}))
-    assert "error" not in ask(other, Letter({"ask": "agree", "run": "r", "label_names": ["kind", "unkind"]})).values
-    ask(other, Letter({"ask": "bye", "run": "r"}))
+    assert "error" not in ask(other, agree).values
+    assert ask(other, Letter({"ask": "bye", "run": "r"})).values["client"] == "ann"
+    until = time.monotonic() + 30
+    while Path(_socket(other)).exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 # --- commands -----------------------------------------------------------------------------------------------------

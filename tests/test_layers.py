@@ -82,6 +82,13 @@ def test_method_names_occur_in_no_other_code():
             assert not names & {s for s in strings if isinstance(s, str)}, path
 
 
+def test_signatures_that_state_shapes_are_checked_while_tests_run(pytestconfig):
+    """In the modules named in pyproject.toml; in all of them tests would take twice as long."""
+    stating = {path for path in FILES if "jaxtyping:" in imports(path)}
+    names = [".".join(path.relative_to(SOURCE.parent).with_suffix("").parts) for path in stating]
+    assert pytestconfig.getoption("--jaxtyping-packages").split(",") == [*sorted(names), "beartype.beartype"]
+
+
 def test_importing_the_package_loads_nothing_heavy():
     code = "import sys, anyrank; print([m for m in ('torch', 'transformers', 'peft', 'datasets') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

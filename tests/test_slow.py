@@ -39,7 +39,7 @@ def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("slow")
     file = folder / "recipe.toml"
     text = recipe_toml(write_model(folder / "model"), write_reviews(folder / "reviews.csv"), method="hetlora")
-    file.write_text(text.replace("rounds = 3", "rounds = 30"))
+    file.write_text(text.replace("rounds = 3", "rounds = 12"))
     return file
 
 
@@ -48,22 +48,29 @@ def uninterrupted(recipe, tmp_path_factory) -> RunFolder:
     return anyrank.run(anyrank.load_recipe(recipe), tmp_path_factory.mktemp("runs") / "whole")
 
 
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> dict[str, str]:
+    """Some rows of the embedded data set, as recipe keys."""
+    folder = tmp_path_factory.mktemp("pairs")
+    splits = stdlib_docs()
+    splits["train"].shuffle(seed=0).select(range(1200)).to_csv(folder / "train.csv")
+    splits["test"].shuffle(seed=0).select(range(40)).to_csv(folder / "test.csv")
+    return {"data.source": str(folder / "train.csv"), "data.test": str(folder / "test.csv")}
+
+
 def test_the_embedded_default_reaches_what_it_promises(tmp_path):
-    done = command("run", "--out", tmp_path / "run")
+    """In half the time: without the centralised baseline, and scored at the end only."""
+    done = command("run", "--out", tmp_path / "run", "--set", "evaluate.every=7", "--set", "compare=[]")
     assert done.returncode == 0, done.stderr
     run = RunFolder.open(tmp_path / "run")
-    central = RunFolder.open(tmp_path / "run" / "compare" / "centralised")
-    accuracy, reference = run.records()[-1]["score"], central.records()[-1]["score"]
+    accuracy = run.records()[-1]["score"]
     assert accuracy >= 0.78
-    assert accuracy >= reference - 0.05
     assert accuracy > run.info["references"]["word overlap"] > run.info["references"]["majority class"]
-    examples = [sum(record["steps"] for record in folder.records()) for folder in (run, central)]
-    assert examples[1] <= examples[0]
-    assert "centralised baseline" in done.stdout
+    assert f"{accuracy:.4f}" in done.stdout
     assert len(run.info["fleet"]) == 24
 
 
-@pytest.mark.parametrize("kill", range(10))
+@pytest.mark.parametrize("kill", range(6))
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(recipe, uninterrupted, tmp_path, kill):
     """SIGKILL somewhere between the first byte of the run folder and the last."""
     out = tmp_path / "killed"
@@ -80,7 +87,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(recipe, uninterrup
     assert result(out) == result(uninterrupted.path)
 
 
-def test_memory_does_not_grow_with_the_number_of_clients(tmp_path):
+def test_memory_does_not_grow_with_the_number_of_clients(tmp_path, pairs):
     """Peak resident memory on the real model: 500 clients against 12, eight of them sampled."""
     code = (
         "import resource, sys; sys.argv = ['anyrank', *sys.argv[1:]]; from anyrank.cli import app; "
@@ -94,6 +101,7 @@ def test_memory_does_not_grow_with_the_number_of_clients(tmp_path):
             "rounds=2",
             "evaluate.every=2",
             "train.steps=2",
+            *(f"{key}={file}" for key, file in pairs.items()),
         ]
         options = [part for setting in settings for part in ("--set", setting)]
         done = subprocess.run(
@@ -106,20 +114,10 @@ def test_memory_does_not_grow_with_the_number_of_clients(tmp_path):
     assert peak[500] < 1.1 * peak[12]
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory) -> dict[str, str]:
-    """Some rows of the embedded data set, as recipe keys."""
-    folder = tmp_path_factory.mktemp("pairs")
-    splits = stdlib_docs()
-    splits["train"].shuffle(seed=0).select(range(500)).to_csv(folder / "train.csv")
-    splits["test"].shuffle(seed=0).select(range(100)).to_csv(folder / "test.csv")
-    return {"data.source": str(folder / "train.csv"), "data.test": str(folder / "test.csv")}
-
-
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_every_recipe_runs_on_the_real_model(tmp_path, pairs, file):
     """Shortened: each runs to its end in about a minute, which is too long for all of them."""
-    quick = {"rounds": 2, "evaluate.every": 2, "train.steps": 2, "compare": []}
+    quick = {"rounds": 2, "evaluate.every": 2, "train.steps": 1, "train.batch_size": 8, "compare": []}
     folder = anyrank.run(anyrank.load_recipe(file, quick | pairs), tmp_path / "run")
     assert len(folder.records()) == 2
     assert folder.records()[-1]["score"] > 0.4

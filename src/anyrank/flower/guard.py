@@ -3,9 +3,13 @@
 A SuperLink has one port for everything. Its control interface, by which runs are started and clients' keys are registered,
 asks for no credential, while clients have to prove who they are. So the SuperLink listens on loopback alone, and this door
 stands on the public port, with the server's certificate: it lets `/v1/fleet/` through.
+
+A SuperNode that asks for work and gets none asks again in 3 s. So the door lets it wait, and answers when there is some: it
+asks the SuperLink again whenever that has written to its database.
 """
 
 import asyncio
+import contextlib
 import re
 import ssl
 import threading
@@ -18,6 +22,7 @@ import uvicorn
 __all__ = ["Guard"]
 
 _OPEN = re.compile(r"/v1/fleet/[a-z-]+")
+_FOR_WORK = "/v1/fleet/pull-messages"
 _HOP_BY_HOP = {
     b"connection",
     b"keep-alive",
@@ -31,7 +36,13 @@ _HOP_BY_HOP = {
 }
 _LARGEST = 16 * 2**20  # of a request's body; Flower cuts what is larger than 5 MB into chunks
 _PATIENCE = 60.0  # seconds that a body may take
-_AT_ONCE = 256  # requests that are not answered yet; connections without one count for nothing, as each client has some
+_AT_ONCE = 256  # requests under way; who waits for work does not count, nor do connections without a request
+_WAIT = 10.0  # seconds for which a client may wait for work; it gives a request up after 30
+_LOOK, _LOOK_ANYWAY = (
+    0.1,
+    2.0,
+)  # seconds between two looks for work: when there may be some, and when nothing tells of it
+_LOOKS = 50  # a second, for all who wait together: each takes the SuperLink 14 ms of a core
 
 
 class Guard:
@@ -42,11 +53,14 @@ class Guard:
         port: likewise.
         inner: where the SuperLink listens, such as `127.0.0.1:8000`.
         keys: the folder that `keys.make_keys` made; None speaks without TLS, on both sides.
+        database: the SuperLink's.
     """
 
-    def __init__(self, host: str, port: int, inner: str, keys: Path | None):
+    def __init__(self, host: str, port: int, inner: str, keys: Path | None, database: Path):
         """The door is closed yet."""
-        self._inner, self._keys, self._client, self._unanswered = inner, keys, None, 0
+        self._inner, self._keys, self._client = inner, keys, None
+        self._written = [database, database.with_name(f"{database.name}-wal")]
+        self._unanswered = self._waiting = 0
         self._server = uvicorn.Server(
             uvicorn.Config(
                 self._serve,
@@ -87,7 +101,7 @@ class Guard:
             return
         if scope["method"] != "POST" or not _OPEN.fullmatch(scope["path"]) or scope["query_string"]:
             await _answer(send, 403, b"this door is for clients alone")
-        elif self._unanswered >= _AT_ONCE:
+        elif self._unanswered - self._waiting >= _AT_ONCE:
             await _answer(send, 503, b"too many requests at once")
         else:
             self._unanswered += 1
@@ -128,12 +142,52 @@ class Guard:
         except (TimeoutError, httpx.HTTPError):
             await _answer(send, 503, b"the server is not there")
             return
+        if scope["path"] == _FOR_WORK and _is_empty(found):
+            found = await self._work(found, receive, body, headers)
         kept = [
             (name, value)
             for name, value in found.headers.raw
             if name.lower() not in _HOP_BY_HOP | {b"content-encoding"}
         ]
         await _answer(send, found.status_code, found.content, kept)
+
+    async def _work(self, found: httpx.Response, receive: Any, body: bytes, headers: Any) -> httpx.Response:
+        """What there is to do for a client within a while; or nothing, as was found."""
+        assert self._client
+        gone, now = asyncio.ensure_future(receive()), asyncio.get_running_loop().time
+        begun = looked = now()
+        seen = None  # what it was before it was first asked is not known
+        self._waiting += 1
+        try:
+            while _is_empty(found) and now() - begun < _WAIT and not self._server.should_exit:
+                if (await asyncio.wait([gone], timeout=max(_LOOK, self._waiting / _LOOKS)))[0]:
+                    break  # work that it was handed now would be lost
+                if (state := self._state()) == seen and now() - looked < _LOOK_ANYWAY:
+                    continue
+                seen, looked = state, now()
+                again = await self._client.post(_FOR_WORK, content=body, headers=headers)
+                if again.status_code != 200:
+                    break  # such as that its signature is too old by now
+                found = again
+        except (TimeoutError, httpx.HTTPError):
+            pass  # it is told so when it asks again
+        finally:
+            self._waiting -= 1
+            gone.cancel()
+        return found
+
+    def _state(self) -> list[tuple[int, int]]:
+        """What is another one after the SuperLink has written something."""
+        found = []
+        for file in self._written:
+            with contextlib.suppress(FileNotFoundError):
+                found.append((file.stat().st_mtime_ns, file.stat().st_size))
+        return found
+
+
+def _is_empty(found: httpx.Response) -> bool:
+    """Whether there is nothing to do: a message without fields has no bytes."""
+    return found.status_code == 200 and not found.content
 
 
 async def _body(receive: Any) -> bytes | None:

@@ -128,14 +128,14 @@ def serving(folder: Path, *, keys: Path | None, host: str, port: int) -> Iterato
             )
     _check_free(host, port)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    inner = free_port()
+    inner, database = free_port(), folder / "state.db"
     trust = f"root-certificates = {_toml(str(keys.resolve() / 'ca.crt'))}" if keys else "insecure = true"
     (folder / "config.toml").write_text(
         f'[superlink]\ndefault = "{LINK}"\n[superlink.{LINK}]\naddress = "127.0.0.1:{inner}"\n{trust}\n',
         encoding="utf-8",
     )
     command = [program("flower-superlink"), "--host", "127.0.0.1", "--port", str(inner)]
-    command += ["--database", str(folder / "state.db"), "--disable-runtime-dependency-installation"]
+    command += ["--database", str(database), "--disable-runtime-dependency-installation"]
     if keys:
         command += ["--enable-supernode-auth", "--ssl-ca-certfile", str(keys / "ca.crt")]
         command += ["--ssl-certfile", str(keys / "server.crt"), "--ssl-keyfile", str(keys / "server.key")]
@@ -147,7 +147,7 @@ def serving(folder: Path, *, keys: Path | None, host: str, port: int) -> Iterato
         _wait_for(inner, superlink, log)
         if keys:
             stack.enter_context(_Members(folder, keys))
-        stack.enter_context(Guard(host, port, f"127.0.0.1:{inner}", keys))
+        stack.enter_context(Guard(host, port, f"127.0.0.1:{inner}", keys, database))
         yield superlink
 
 
