@@ -28,7 +28,7 @@ test-slow: .venv/installed  ## The long tests: kills and resumes, memory, the wh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
 
 test-flower: .venv/installed  ## A federation of real processes on this machine: TLS, keys, kills and resumes
-	$(BIN)/python -m pytest -m flower -n 2
+	$(BIN)/python -m pytest -m flower
 
 check: .venv/installed  ## Format, lint, types
 	$(BIN)/ruff format --check .

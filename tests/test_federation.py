@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ pytest.importorskip("flwr")
 import anyrank
 from anyrank.flower.programs import free_port
 from anyrank.record import RunFolder
+from test_deployed import assert_alike, without_times
 from tiny import recipe_toml, write_model, write_reviews
 
 pytestmark = pytest.mark.flower
@@ -171,22 +172,9 @@ def in_process(recipe: Path, out: Path) -> RunFolder:
     return anyrank.run(anyrank.load_recipe(recipe, {"compute.cohort": 1}), out)
 
 
-def assert_alike(found: Any, expected: Any) -> None:
-    """Integers and texts equal, floats to 1e-5."""
-    if isinstance(expected, Mapping):
-        assert found.keys() == expected.keys()
-        for key in expected:
-            assert_alike(found[key], expected[key])
-    elif isinstance(expected, list):
-        for one, other in zip(found, expected, strict=True):
-            assert_alike(one, other)
-    else:
-        assert found == (pytest.approx(expected, rel=1e-5, abs=1e-6) if isinstance(expected, float) else expected)
-
-
 def assert_same_run(found: RunFolder, expected: RunFolder) -> None:
     for one, other in zip(found.records(), expected.records(), strict=True):
-        assert_alike({**one, "real_seconds": 0}, {**other, "real_seconds": 0})
+        assert_alike(without_times(one), without_times(other))
     one, other = (load_file(run.path / "adapter" / "adapter_model.safetensors") for run in (found, expected))
     assert one.keys() == other.keys()
     assert all(one[name].allclose(other[name], atol=1e-5) for name in one)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ def main(grid: Grid, context: Context) -> None:
     Raises:
         AnyrankError: see `server.play`.
     """
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     settings = context.run_config
     if not settings["recipe"] or not settings["out"]:
         raise ConfigError("recipe, out: the run's configuration has to name both, as absolute paths on the server.")
@@ -54,6 +57,16 @@ def main(grid: Grid, context: Context) -> None:
             command="on Flower",
         )
     console.print(*summary(folder), sep="\n")
+
+
+def _end_with(parent: int) -> None:
+    """End with whoever started this process, at once: Flower would first try for minutes to reach a SuperLink that is gone.
+
+    What was played is kept, and the run folder is free for the server that goes on with it.
+    """
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
 
 
 def _name_of(node: int) -> str | None:
