@@ -25,7 +25,7 @@ test: .venv/installed  ## The default test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-slow: .venv/installed  ## The long tests: kills and resumes, memory, the whole default recipe
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 test-flower: .venv/installed  ## A federation of real processes on this machine: TLS, keys, kills and resumes
 	$(BIN)/python -m pytest -m flower
