@@ -24,7 +24,7 @@ demo: .venv/installed  ## Fine-tune a real model over 24 clients of three ranks
 test: .venv/installed  ## The default test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-test-slow: .venv/installed  ## The long tests: kills and resumes, memory, the whole default recipe
+test-slow: .venv/installed  ## The long tests: kills and resumes, memory, every recipe; with ANYRANK_LONG=1 the whole demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 test-flower: .venv/installed  ## A federation of real processes on this machine: TLS, keys, kills and resumes

@@ -360,6 +360,11 @@ def server(
         raise ConfigError(
             "expected RECIPE with --out DIR, or, to serve runs that are started later, --state DIR alone."
         )
+    told = settings or clients or deadline or patience or compression != "none" or times != "measured"
+    if recipe is None and told:
+        raise ConfigError(
+            "without RECIPE, name what is about a run with `anyrank flower run`: only the server starts here."
+        )
     order = None
     if recipe and out:
         order = link.Order(
