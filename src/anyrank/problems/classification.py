@@ -1,17 +1,15 @@
 """One label for a text, or for a pair of texts: a class, or a number.
 
-Metrics are those of GLUE (Wang et al., ICLR 2019, arXiv 1804.07461), by scikit-learn and SciPy.
+Metrics are those of GLUE (Wang et al., ICLR 2019, arXiv 1804.07461).
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from annotated_types import Ge, MaxLen, MinLen
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import f1_score, matthews_corrcoef
 from torch.nn import functional as F
 
 from anyrank import data
@@ -19,33 +17,19 @@ from anyrank.data import Labelled
 from anyrank.data.read import FILE
 from anyrank.problem import ACCURACY, CLASSIFICATION, Answers, Metric, Objective, Problem
 from anyrank.problems.given import Given, by_length, without
+from anyrank.problems.scores import f1, matthews, pearson, spearman
 from anyrank.problems.texts import check_length, cut_remarks, largest_batch, padding
 
-__all__ = ["classification", "f1", "regression"]
+__all__ = ["classification", "regression"]
 
 Columns = Annotated[list[str], MinLen(1), MaxLen(2)]
 
 
-def f1(classes: int, answers: Answers) -> float:
-    """F1 of the second of two classes, or the mean over more classes."""
-    average = "binary" if classes == 2 else "macro"
-    return float(f1_score(answers.labels, answers.predictions, average=average, zero_division=0.0))  # pyright: ignore
-
-
-def _correlation(by: Callable[..., Any], answers: Answers) -> float:
-    """A correlation; where all predictions, or all labels, are equal there is none."""
-    constant = np.ptp(answers.predictions) == 0 or np.ptp(answers.labels) == 0
-    return 0.0 if constant else float(by(answers.labels, answers.predictions))
-
-
-MATTHEWS = Metric("matthews", partial(_correlation, matthews_corrcoef))
-PEARSON = Metric("pearson", partial(_correlation, lambda x, y: pearsonr(x, y)[0]))
-SPEARMAN = Metric("spearman", partial(_correlation, lambda x, y: spearmanr(x, y)[0]))
 ROOT_MEAN_SQUARE = Metric("rmse", lambda a: float(np.sqrt(a.loss)), higher_is_better=False)
 REGRESSION = Objective(
     loss=lambda logits, batch: F.mse_loss(logits[:, 0], batch["labels"].to(logits), reduction="none"),
     predict=lambda logits, batch: (logits[:, 0], batch["labels"]),
-    metrics=(PEARSON, SPEARMAN, ROOT_MEAN_SQUARE),
+    metrics=(Metric("pearson", pearson), Metric("spearman", spearman), ROOT_MEAN_SQUARE),
 )
 """A number for each example, from logits `[examples, 1]`, by mean square error."""
 
@@ -72,7 +56,8 @@ def classification(
     """
     examples = given.labelled_texts(text, label)
     names = dict(enumerate(examples.label_names))
-    metrics = (ACCURACY, Metric("f1", partial(f1, len(names))), MATTHEWS)
+    average = "binary" if len(names) == 2 else "macro"
+    metrics = (ACCURACY, Metric("f1", partial(f1, average=average)), Metric("matthews", matthews))
     ordered = sorted(metrics, key=lambda each: each.name != metric)
     further = {
         "num_labels": len(names),

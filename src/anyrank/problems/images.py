@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Value
-from sklearn.metrics import f1_score
 from torch import Tensor
 
 from anyrank.data import Parts, absent_columns, lacks_labels
@@ -18,18 +17,14 @@ from anyrank.data.images import Depth, Images, pillow
 from anyrank.errors import ConfigError
 from anyrank.paths import expanded
 from anyrank.plain import PLAIN
-from anyrank.problem import ACCURACY, CLASSIFICATION, Answers, Metric, Problem
+from anyrank.problem import ACCURACY, CLASSIFICATION, Metric, Problem
 from anyrank.problems.given import Given
+from anyrank.problems.scores import macro_f1
 
 __all__ = ["image_classification"]
 
 ROW = "row of its part"
 """A column that we add: split-off examples are still called by the row in which they came."""
-
-
-def macro_f1(answers: Answers) -> float:
-    """The mean over classes of F1."""
-    return float(f1_score(answers.labels, answers.predictions, average="macro", zero_division=0.0))  # pyright: ignore
 
 
 IMAGES = CLASSIFICATION._replace(metrics=(ACCURACY, Metric("macro_f1", macro_f1)))

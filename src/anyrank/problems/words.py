@@ -5,14 +5,14 @@ from typing import Annotated, Any
 import numpy as np
 from annotated_types import Ge
 from datasets import Dataset, List, Value
-from sklearn.metrics import f1_score
 from torch import Tensor
 from torch.nn import functional as F
 
 from anyrank import data
 from anyrank.errors import ConfigError
-from anyrank.problem import ACCURACY, Answers, Batch, Metric, Objective, Problem
+from anyrank.problem import ACCURACY, Batch, Metric, Objective, Problem
 from anyrank.problems.given import Given, by_length, without
+from anyrank.problems.scores import macro_f1
 from anyrank.problems.texts import IGNORED, check_fast, check_length, cut_remarks, largest_batch, padding
 
 __all__ = ["token_classification"]
@@ -28,14 +28,10 @@ def _predict(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     return logits.argmax(-1).cpu()[labelled], batch["labels"][labelled]
 
 
-def _macro_f1(answers: Answers) -> float:
-    return float(f1_score(answers.labels, answers.predictions, average="macro", zero_division=0.0))  # pyright: ignore
-
-
 WORDS = Objective(
     loss=_loss,
     predict=_predict,
-    metrics=(Metric("f1", _macro_f1), ACCURACY),
+    metrics=(Metric("f1", macro_f1), ACCURACY),
     targets=lambda batch: (batch["labels"] != IGNORED).sum(1),
 )
 """A class for each word, from logits `[examples, tokens, classes]`; F1 is the mean over classes."""
