@@ -231,24 +231,63 @@ def test_who_misses_a_deadline_is_not_waited_for_until_it_answers(material, tmp_
     assert sum(f["stage"] == "late" for record in records for f in record["rejected"]) == 1
 
 
-def test_a_client_that_comes_late_takes_part(material, tmp_path):
+def test_a_client_that_comes_late_takes_part_and_nobody_waits_for_it(material, tmp_path):
     sites = sites_of(material, tmp_path / "sites", KINDS)
     post, late = ByHand({node: site for node, site in sites.items() if node != 102}), sites[102]
 
-    def third_round(node: int, letter: Letter) -> None:
-        if letter.values.get("round") == 2:
-            post.sites[102] = late
+    def comes_in_2_and_is_ready_in_4(node: int, letter: Letter) -> None:
+        if letter.values.get("round") == 2 and 102 not in post.sites:
+            post.sites[102], post.deaf[102] = late, []
+        elif letter.values.get("round") == 4 and 102 in post.deaf:
+            assert [letter.values["ask"] for _, letter in post.deaf[102]] == ["hello"]
+            post.hear(102)
 
-    post.before = third_round
-    recipe = recipe_of(material, "flora", rounds=4)
+    post.before = comes_in_2_and_is_ready_in_4
+    recipe = recipe_of(material, "flora", rounds=6)
     run = play(recipe, tmp_path / "run", Clients(post, recipe, run="r"), count=2)
-    assert [sorted(record["planned_ranks"]) for record in run.records()] == [
-        ["bay", "cove"],
-        ["bay", "cove"],
-        ["bay", "cove", "dune"],
-        ["bay", "cove", "dune"],
-    ]
+    assert [sorted(record["planned_ranks"]) for record in run.records()] == [["bay", "cove"]] * 4 + [[*NAMES]] * 2
     assert RunFolder.open(run.path).info["fleet"]["dune"] == {"kind": "weak", "rank": 1, "num_examples": 45}
+
+
+def test_a_question_that_was_lost_is_asked_again(material, tmp_path, monkeypatch):
+    """With a SuperNode that was killed and is back before Flower notices."""
+    sites = sites_of(material, tmp_path / "sites", KINDS)
+    post, late = ByHand({node: site for node, site in sites.items() if node != 102}), sites[102]
+    lost: list[tuple[str, Letter]] = []
+
+    def loses_the_first(node: int, letter: Letter) -> None:
+        if letter.values.get("round") == 1:
+            post.sites[102], post.deaf[102] = late, lost
+        elif lost:
+            post.deaf.clear()
+            monkeypatch.setattr(server, "_QUESTION", 0.0)
+
+    post.before = loses_the_first
+    recipe = recipe_of(material, "flora", rounds=5)
+    run = play(recipe, tmp_path / "run", Clients(post, recipe, run="r"), count=2)
+    assert [letter.values["ask"] for _, letter in lost] == ["hello"]
+    assert "dune" in run.records()[-1]["planned_ranks"]
+
+
+def test_whose_worker_was_started_anew_is_sent_only_the_folds_that_it_lacks(material, tmp_path):
+    sites = sites_of(material, tmp_path / "sites", KINDS)
+    del sites[102]  # so that there are too few slots for folds to become one
+    recipe = recipe_of(material, "flora", rounds=5, **{"fleet.classes.strong.rank": 1})
+    post, sent = ByHand(sites), dict[int, int]()
+
+    def new_worker_in_round_3(node: int, letter: Letter) -> None:
+        if node == 101 and letter.values.get("kind") == "train":
+            sent[letter.values["round"]] = len(letter.payload)
+            if letter.values["round"] == 3:
+                old = sites[101]
+                sites[101] = Site(old.client, old.source, old.folder, kind=old.kind)
+
+    post.before = new_worker_in_round_3
+    run = play(recipe, tmp_path / "run", Clients(post, recipe, run="r"), count=2)
+    (rejected,) = run.records()[2]["rejected"]
+    assert "started anew" in rejected["reason"]
+    assert [sorted(record["planned_ranks"]) for record in run.records()] == [["bay", "cove"]] * 5
+    assert sent[1] < sent[4] < sent[2]  # one fold, of one client only: those before are on its disk
 
 
 def garbage(node: int, letter: Letter) -> Letter | None:
@@ -551,7 +590,7 @@ def test_who_was_refused_is_let_in_when_it_is_mended(material, tmp_path, monkeyp
     monkeypatch.setattr(server, "_REFUSED", 0.0)
     sites = sites_of(material, tmp_path / "a", KINDS)
     sites[102].kind = "huge"
-    post, recipe, remarks = ByHand(sites), recipe_of(material, rounds=3), list[str]()
+    post, recipe, remarks = ByHand(sites), recipe_of(material, rounds=4), list[str]()
 
     def mend(node: int, letter: Letter) -> None:
         if letter.values.get("round") == 2:
@@ -560,7 +599,7 @@ def test_who_was_refused_is_let_in_when_it_is_mended(material, tmp_path, monkeyp
     post.before = mend
     run = play(recipe, tmp_path / "run", Clients(post, recipe, run="r", noticed=remarks.append), count=2)
     assert sum("dune is not let in" in remark for remark in remarks) == 1  # and not at every try
-    assert [len(record["returned_ranks"]) for record in run.records()] == [2, 2, 3]
+    assert [len(record["returned_ranks"]) for record in run.records()] == [2, 2, 2, 3]
 
 
 def test_a_name_belongs_to_its_key_and_a_node_has_one_name(material, tmp_path):

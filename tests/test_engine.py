@@ -385,8 +385,8 @@ WRONG = {
         "rejected",
         "round: is 0; the task's is 1",
     ),
-    "a norm far above the others": (too_large, "rejected", "layer 0: product norm"),
-    "a head far above the others": (with_head(1e5), "rejected", "dense/head: norm 2.45e+05 is over 1000 times"),
+    "a norm far above the others": (too_large, "rejected", "layer 0: the norm of its product"),
+    "a head far above the others": (with_head(1e5), "rejected", "dense/head: its norm, 2.45e+05, is over 1000 times"),
     "a head without bounds": (with_head(3e38), "rejected", "dense/head: its norm is not finite"),
     "a loss without bounds": (
         lambda task: replace(answer(task), metrics={"loss": 1.7e308}),

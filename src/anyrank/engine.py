@@ -24,17 +24,7 @@ from anyrank.spool import Spool, in_memory
 from anyrank.topology import Asked, Topology
 from anyrank.train import Score
 from anyrank.transport import Transport
-from anyrank.wire import (
-    LARGEST_METRIC,
-    bytes_down,
-    bytes_up,
-    check_norms,
-    check_update,
-    completed,
-    dense_norms,
-    nbytes,
-    product_norms,
-)
+from anyrank.wire import LARGEST_METRIC, bytes_down, bytes_up, check_norms, check_update, completed, nbytes, norms
 
 __all__ = ["Evaluation", "Federation", "Late", "Progress", "applied", "begin", "rounds", "sample"]
 
@@ -78,7 +68,7 @@ class Federation:
         rounds: how many rounds the run has.
         metric: what the run is judged by.
         quorum: the fewest clients with a valid update with which a round counts.
-        norm_limit: an update is rejected if a product's or a dense tensor's norm is over this many times the round's median.
+        norm_limit: an update is rejected if one of its norms (`wire.norms`) is over this many times the round's median.
         evaluation: when to score what.
         seed: of the run.
         notify: called for every reply as it arrives.
@@ -229,7 +219,7 @@ class _Received:
         task: what was asked.
         update: what came back.
         nbytes: what of it travelled.
-        norms: of its products, by layer, and of its dense tensors, by flat name.
+        norms: what `wire.norms` says of it.
     """
 
     task: Task
@@ -339,8 +329,8 @@ class _Round:
                 replies[reply.client] = self._received(expected[reply.client], reply)
         for client in expected.keys() - replies.keys():
             replies[client] = Failure(client, by_client[client].round, "dropped", "sent no reply")
-        norms = {client: r.norms for client in by_client if isinstance(r := replies[client], _Received)}
-        for client, error in check_norms(norms, self.federation.norm_limit).items():
+        received = {client: r.norms for client in by_client if isinstance(r := replies[client], _Received)}
+        for client, error in check_norms(received, self.federation.norm_limit).items():
             replies[client] = _rejection(by_client[client], error)
         ordered = [replies[client] for client in by_client]
         return [r for r in ordered if isinstance(r, _Received)], [r for r in ordered if isinstance(r, Failure)]
@@ -357,8 +347,7 @@ class _Round:
         if update.adapter is None:
             return _Received(task, update, 0, {})
         stored = replace(update, adapter=self.spool.keep(update.adapter))
-        norms = product_norms(update.adapter) | dense_norms(update.adapter)
-        return _Received(task, stored, bytes_up(task, update), norms)
+        return _Received(task, stored, bytes_up(task, update), norms(update.adapter))
 
     def learned(self) -> dict[str, Device]:
         """What the round taught about the devices: ranks that shrank, folds they now hold, measured times."""

@@ -28,11 +28,10 @@ __all__ = [
     "check_update",
     "completed",
     "decode",
-    "dense_norms",
     "encode",
     "nbytes",
+    "norms",
     "pack",
-    "product_norms",
     "unpack",
 ]
 
@@ -192,54 +191,61 @@ def _fault(name: str, sent: torch.Tensor, back: torch.Tensor, *, may_prune: bool
     return None
 
 
-def product_norms(adapter: Adapter) -> dict[str, float]:
-    """The Frobenius norm of each layer's product, by layer."""
+def norms(adapter: Adapter) -> dict[str, float]:
+    """How large an adapter is.
+
+    Returns:
+        the Frobenius norms of each layer's product, by layer, and of each dense tensor, by flat name; of each factor, by flat
+        name, the norm of its largest slot, since factors are averaged too: a product is as it should be if one of them is
+        far too large, and the other far too small. Slots can be compared whatever the rank; without any, there are none.
+    """
     alike: dict[tuple[torch.Size, torch.Size], list[str]] = {}
     for name, part in adapter.layers.items():
-        alike.setdefault((part.A.shape, part.B.shape), []).append(name)
-    found = {}
+        if part.rank:
+            alike.setdefault((part.A.shape, part.B.shape), []).append(name)
+    found: dict[str, list[float]] = {}
     for names in alike.values():  # layers of one shape together: one after another takes twice as long
         parts = [adapter.layers[name] for name in names]
         A, B = torch.stack([part.A for part in parts]).double(), torch.stack([part.B for part in parts]).double()
-        squares = ((A @ A.mT) * (B.mT @ B)).sum(dim=(1, 2)).clamp(min=0)
+        of_A, of_B = A @ A.mT, B.mT @ B
+        largest = [of.diagonal(dim1=1, dim2=2).amax(1) for of in (of_A, of_B)]
+        squares = torch.stack([(of_A * of_B).sum(dim=(1, 2)).clamp(min=0), *largest], dim=1)
         found |= zip(names, squares.sqrt().to(parts[0].A.dtype).tolist(), strict=True)
-    return {name: found[name] for name in adapter.layers}
-
-
-def dense_norms(adapter: Adapter) -> dict[str, float]:
-    """The Frobenius norm of each dense tensor, by its flat name.
-
-    Of the tensor, not of its change: as with products, a change may be far above the others' where theirs is close to none.
-    """
-    norms = {name: torch.linalg.vector_norm(tensor.float()) for name, tensor in adapter.dense.items()}
-    return {f"dense/{name}": norm.item() for name, norm in norms.items()}
+    in_factors = {}
+    for name in (name for name in adapter.layers if name in found):
+        in_factors[name], in_factors[f"A/{name}"], in_factors[f"B/{name}"] = found[name]
+    # Of a tensor, not of its change: as with products, a change may be far above the others' where theirs is close to none.
+    in_dense = {f"dense/{name}": torch.linalg.vector_norm(t.float()).item() for name, t in adapter.dense.items()}
+    return in_factors | in_dense
 
 
 def check_norms(norms: Mapping[str, Mapping[str, float]], limit: float) -> dict[str, UpdateRejected]:
-    """The updates, by client, in which a layer's product or a dense tensor has a norm over `limit` times the round's median.
+    """The updates, by client, of which a norm is over `limit` times the round's median.
 
     A norm that overflows is rejected too, whatever the median. In a round of two none can be over twice the median.
 
     Args:
-        norms: by client, then by layer or by a dense tensor's flat name.
+        norms: by client, what `norms` says of its update.
         limit: the largest multiple of the median that is let in.
     """
-    by_layer: dict[str, dict[str, float]] = {}
+    by_name: dict[str, dict[str, float]] = {}
     for client, of_client in norms.items():
-        for layer, norm in of_client.items():
-            by_layer.setdefault(layer, {})[client] = norm
+        for name, norm in of_client.items():
+            by_name.setdefault(name, {})[client] = norm
     rejected = {}
-    for layer, by_client in by_layer.items():
-        middle, dense = median(by_client.values()), layer.startswith("dense/")
+    for name, by_client in by_name.items():
+        middle = median(by_client.values())
+        of = _OF_WHAT.get(name[: name.find("/") + 1], "the norm of its product")
         for client, norm in by_client.items():
             if not isfinite(norm):
-                reason = "its norm is not finite" if dense else "the norm of its product is not finite"
-                rejected.setdefault(client, UpdateRejected(client, layer, reason))
+                rejected.setdefault(client, UpdateRejected(client, name, f"{of} is not finite"))
             elif middle > 0 and norm > limit * middle:
-                what = "norm" if dense else "product norm"
-                reason = f"{what} {norm:.3g} is over {limit:g} times the round's median {middle:.3g}"
-                rejected.setdefault(client, UpdateRejected(client, layer, reason))
+                reason = f"{of}, {norm:.3g}, is over {limit:g} times the round's median {middle:.3g}"
+                rejected.setdefault(client, UpdateRejected(client, name, reason))
     return rejected
+
+
+_OF_WHAT = {"A/": "the norm of its largest slot", "B/": "the norm of its largest slot", "dense/": "its norm"}
 
 
 def _require(update: Update, tensor: str, fine: bool, reason: str) -> None:

@@ -23,7 +23,8 @@ def answer(message: Message, context: Context) -> Message:
         letter = from_flower(message.content)
         reply = ask(settings_of(context.node_config, context.node_id), letter)
     except (AnyrankError, OSError, ValueError) as error:
-        reply = Letter({"error": str(error), "client": str(context.node_config.get("client", context.node_id))})
+        name = str(context.node_config.get("client", context.node_id))
+        reply = Letter({"error": str(error), "client": name, "anew": True})  # the next worker knows nothing of the run
     if said := _said(letter.values, reply.values):
         print(f"anyrank: {said}", flush=True)
     return Message(to_flower(reply), reply_to=message)

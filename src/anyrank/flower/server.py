@@ -81,6 +81,19 @@ class Past:
     digest: str
 
 
+@dataclass(frozen=True)
+class Question:
+    """What somebody was asked whom nobody waits for.
+
+    Args:
+        number: under which it is answered.
+        when: by `time.monotonic()`.
+    """
+
+    number: str
+    when: float
+
+
 class Clients:
     """A transport whose clients are on machines of their own.
 
@@ -116,7 +129,7 @@ class Clients:
         self.name_of, self.noticed = name_of, noticed
         self.node_of: dict[str, int] = {}
         self._refused: dict[int, tuple[str, float]] = {}  # why, and until when nothing is asked
-        self._silent: dict[int, str] = {}  # who missed a deadline, and under which number it was asked since how it is
+        self._aside: dict[int, Question | None] = {}  # who is not waited for, and what it has been asked
         self._greeted: dict[int, Hello] = {}
         self._met: set[int] = set()
         self._smaller: dict[str, int] = {}
@@ -181,6 +194,7 @@ class Clients:
         """Greet everyone again, as a server does that was started anew."""
         self._greeted.clear()
         self._met.clear()
+        self._aside = dict.fromkeys(self._aside)
         self._known = None
 
     def _wait_for(self, count: int, look: Callable[[], int]) -> None:
@@ -198,35 +212,67 @@ class Clients:
             time.sleep(_PAUSE)
 
     def _meet(self, count: int) -> dict[str, Device]:
-        """Greet nodes that were not here before, and agree with them once there are enough; the devices that were met."""
+        """Greet nodes that were not here before, and agree with them once there are enough; the devices that were met.
+
+        Until it is known what is learned, all answers are waited for. Later on none is: who is new loads data and model while
+        the others play.
+        """
         here, now = self.post.nodes(), time.monotonic()
         self._greeted = {
             node: hello for node, hello in self._greeted.items() if node in here
         }  # who comes back is another
         self._met &= self._greeted.keys()
-        self._silent = {node: number for node, number in self._silent.items() if node in here}
+        self._aside = {node: question for node, question in self._aside.items() if node in here}
+        heard = self._heard()
         barred = {node for node, (_, until) in self._refused.items() if now < until}
-        recipe = self.recipe.model_dump(mode="json")
-        hello = Letter({"ask": "hello", "run": self.run_name, "recipe": recipe, "compression": self.compression})
-        new = sorted(here - self._greeted.keys() - barred - self._silent.keys())
-        for node, answer in [*self._heard(hello), *self._ask(dict.fromkeys(new, hello)).items()]:
+        new = dict.fromkeys(sorted(here - self._greeted.keys() - barred - self._aside.keys() - heard.keys()))
+        if self._known:
+            self._aside |= new
+        else:
+            heard |= self._ask(dict.fromkeys(new, self._hello()))
+        for node, answer in heard.items():
             self._greet(node, answer, here)
-        return self._agree() if self._known or len(self._greeted) >= count else {}
+        unmet = sorted(self._greeted.keys() - self._met)
+        if self._known:
+            met = self._agree({node: heard[node] for node in unmet})
+        elif unmet and len(self._greeted) >= count:
+            met = self._agree(self._ask(dict.fromkeys(unmet, self._agreement(unmet))))
+            self._aside = dict.fromkeys(self._aside)  # what they have been asked was without labels
+        else:
+            met = {}
+        self._ask_aside()
+        return met
 
-    def _heard(self, hello: Letter) -> list[tuple[int, Letter]]:
-        """Those who missed a deadline and have answered since. Nobody waits for them: Flower takes a minute to notice that a
-        node is gone."""
-        asked = {number: node for node, number in self._silent.items() if number}
-        heard = [(asked[number], answer) for number, answer in self.post.collect(asked).items()]
-        for node, _ in heard:
-            del self._silent[node]
-        to_ask = dict.fromkeys((node for node, number in self._silent.items() if not number), hello)
-        self._silent |= {node: number for number, node in self.post.send(to_ask).items()}
+    def _hello(self) -> Letter:
+        """Ask who a client is, and if the labels are known, to agree at once."""
+        values = {"run": self.run_name, "recipe": self.recipe.model_dump(mode="json"), "compression": self.compression}
+        names = self._known and self._known.outline.label_names
+        return Letter({"ask": "hello", **values, "label_names": names})
+
+    def _agreement(self, nodes: Sequence[int]) -> Letter:
+        names = self._past.label_names if self._past else union([self._greeted[node] for node in nodes])
+        return Letter({"ask": "agree", "run": self.run_name, "label_names": names})
+
+    def _heard(self) -> dict[int, Letter]:
+        """Answers of those whom nobody waits for, who are then no longer among them."""
+        asked = {question.number: node for node, question in self._aside.items() if question}
+        heard = {asked[number]: answer for number, answer in self.post.collect(asked).items()}
+        self._aside = {node: question for node, question in self._aside.items() if node not in heard}
         return heard
+
+    def _ask_aside(self) -> None:
+        """Ask those whom nobody waits for. Who is gone may be among them: Flower takes a minute to notice.
+
+        Who does not answer is asked again after a while, since a question may be lost with a SuperNode.
+        """
+        now = time.monotonic()
+        to_ask = [node for node, asked in self._aside.items() if asked is None or now > asked.when + _QUESTION]
+        sent = self.post.send(dict.fromkeys(to_ask, self._hello()))
+        self._aside |= {node: Question(number, now) for number, node in sent.items()}
 
     def _missed(self, node: int) -> None:
         self._forget_node(node)
-        self._silent[node] = ""
+        self._aside[node] = None
 
     def _forget_node(self, node: int) -> None:
         self._greeted.pop(node, None)
@@ -256,37 +302,30 @@ class Clients:
             self.node_of = {other: at for other, at in self.node_of.items() if at != node} | {name: node}
             self._greeted[node], self._folds[name] = hello, hello.folds
 
-    def _agree(self) -> dict[str, Device]:
-        """Have those who were greeted say what is learned; what most of them say at first is agreed on."""
-        waiting = {node: hello for node, hello in sorted(self._greeted.items()) if node not in self._met}
-        if not waiting:
-            return {}
-        names = self._known.outline.label_names if self._known else union([*waiting.values()])
-        asked = {
-            "ask": "agree",
-            "run": self.run_name,
-            "label_names": self._past.label_names if self._past else [*names],
-        }
+    def _agree(self, answers: Mapping[int, Letter]) -> dict[str, Device]:
+        """Let in who says the same of what is learned; what most of them say at first is agreed on."""
         found: dict[int, Agreed] = {}
-        for node, answer in self._ask({node: Letter(asked) for node in waiting}).items():
+        for node, answer in answers.items():
+            hello = self._greeted[node]
             if "client" not in answer.values or answer.values.get("anew"):
                 self._missed(node)
             elif "error" in answer.values:
-                self._refuse(node, waiting[node].client, str(answer.values["error"]))
+                self._refuse(node, hello.client, str(answer.values["error"]))
             else:
                 try:
                     found[node] = Agreed.read(self.recipe, answer)
                 except RecordError as error:
-                    self._refuse(node, waiting[node].client, str(error))
+                    self._refuse(node, hello.client, str(error))
         self._known = self._known or self._common(found)
         met = {}
-        for node in sorted(found, key=lambda node: waiting[node].client):
+        for node in sorted(found, key=lambda node: self._greeted[node].client):
+            hello = self._greeted[node]
             if self._known and found[node].digest == self._known.digest:
-                if device := self._device(node, waiting[node], found[node].labels):
+                if device := self._device(node, hello, found[node].labels):
                     met[device.client] = device
                     self._met.add(node)
             else:
-                self._refuse(node, waiting[node].client, self._apart(found[node]))
+                self._refuse(node, hello.client, self._apart(found[node]))
         return met
 
     def _common(self, found: Mapping[int, Agreed]) -> Agreed | None:
@@ -388,11 +427,11 @@ class Clients:
         """Have tasks carried out; who has not answered by the deadline is late."""
         assert self._known is not None
         spec = self._known.spec
-        here, letters, by_node = self.post.nodes() - self._silent.keys(), {}, {}
+        here, letters, by_node = self.post.nodes() - self._aside.keys(), {}, {}
         for task in tasks:
             node = self.node_of.get(task.plan.client)
             if node is None or node not in here:
-                yield Failure(task.plan.client, task.round, "dropped", "is not connected")
+                yield Failure(task.plan.client, task.round, "dropped", "is not connected, or has not answered since")
                 continue
             payload = pack_task(task, spec, compression=self.compression)
             self.down += len(payload)
@@ -410,17 +449,20 @@ class Clients:
         for number, answer in self._answers(numbers, self.deadline or float("inf")):
             task = by_node.pop(numbers[number])
             self.up += len(answer.payload)
-            yield self._read(task, answer)
-        for node, task in by_node.items():
+            yield self._read(numbers[number], task, answer)
+        for node in by_node:
             self._missed(node)
+        self._ask_aside()
+        for task in by_node.values():
             yield Failure(task.plan.client, task.round, "late", f"no reply within {self.deadline or 0:g} s")
 
-    def _read(self, task: Task, answer: Letter) -> Update | Failure:
+    def _read(self, node: int, task: Task, answer: Letter) -> Update | Failure:
         client = task.plan.client
         if "error" in answer.values:
-            self._forget_node(self.node_of[client])  # it is greeted again: it may have been started anew
             if answer.values.get("too_large"):
                 self._lessen(client, task.plan.rank)
+            elif answer.values.get("anew") or "client" not in answer.values:
+                self._missed(node)
             return Failure(client, task.round, "rejected", clean(answer.values["error"]))
         try:
             update, seconds = unpack_update(answer.payload, task), answer.values.get("seconds")
@@ -445,19 +487,20 @@ class Clients:
     def hand_over(self, tasks: Iterable[Task]) -> None:
         """Have clients write down what is their own at the end of a run, with what they are sent for it."""
         assert self._known is not None
-        here, letters = self.post.nodes() - self._silent.keys(), {}
+        self._meet(1)  # somebody may have come back since
+        letters = {}
         for task in tasks:
             node = self.node_of.get(task.plan.client)
-            if node in here:
+            if node in self._met:
                 values = {"ask": "own", "run": self.run_name, "levels": list(self._levels)}
                 letters[node] = Letter(values, pack_task(task, self._known.spec))
         self._ask(letters)
 
     def end(self) -> None:
-        """Tell everyone that the run is over."""
-        here = self.post.nodes() - self._silent.keys()
-        bye = Letter({"ask": "bye", "run": self.run_name})
-        self._ask({node: bye for node in self.node_of.values() if node in here}, _FAREWELL)
+        """Tell everyone that the run is over; those whom nobody waits for will hear it, too."""
+        here, bye = self.post.nodes(), Letter({"ask": "bye", "run": self.run_name})
+        self.post.send(dict.fromkeys(sorted(here - self._met), bye))
+        self._ask(dict.fromkeys(sorted(here & self._met), bye), _FAREWELL)
 
 
 def play(

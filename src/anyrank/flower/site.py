@@ -1,6 +1,7 @@
 """A client's half of a run on several machines: it holds the model, its own data, and what it keeps for itself.
 
-    hello   the recipe comes; the client reads its data, and says what it is: device, examples, labels
+    hello   the recipe comes; the client reads its data, and says what it is: device, examples, labels; if the labels of all
+            come, too, it goes on to
     agree   the labels of all clients come; the client loads the model, and says what is learned
     task    a task comes; the update goes back
     own     without a global adapter, what this client has at the end is written down here
@@ -108,17 +109,17 @@ class Site:
             self._lost: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
         self._compression: Compression = letter.values["compression"]
         train, _ = self._parts(self._problem)
-        return Letter(
-            {
-                "client": self.client,
-                "anyrank": importlib.metadata.version("anyrank"),
-                "kind": self.kind,
-                "profile": self.profile and asdict(self.profile),
-                "num_examples": len(train),
-                "label_names": list(self._problem.label_names),
-                "folds": max(self._held(), default=0),
-            }
-        )
+        agreed = self._agree(letter) if letter.values.get("label_names") is not None else Letter()
+        values = {
+            "client": self.client,
+            "anyrank": importlib.metadata.version("anyrank"),
+            "kind": self.kind,
+            "profile": self.profile and asdict(self.profile),
+            "num_examples": len(train),
+            "label_names": list(self._problem.label_names),
+            "folds": max(self._held(), default=0),
+        }
+        return Letter({**agreed.values, **values}, agreed.payload)
 
     def _read(self, recipe: Recipe, **known: Sequence[str]) -> Problem:
         """This client's data, for a recipe.

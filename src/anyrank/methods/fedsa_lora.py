@@ -11,8 +11,7 @@ Our readings: the paper has one rank; on a mixed fleet each row of A is averaged
 so that those without the row do not dilute it. A client whose rank has changed keeps the first columns of its B; columns
 that it did not have start at zero.
 Deviations: rows that nobody owns this round keep their value; the head is averaged, as by every method.
-Traps: there is no global adapter: on the server B stays at its first value, zero unless the run starts from an adapter. Norms
-of products are checked with that B, so that `server.norm_limit` does not act.
+Traps: there is no global adapter: on the server B stays at its first value, zero unless the run starts from an adapter.
 Cost: O(sum_k r_k d_in); up and down A at the client's rank.
 """
 
