@@ -1,5 +1,7 @@
 """Flower's grid as a post: what it refuses to send, and what comes back that is no letter."""
 
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,3 +94,26 @@ def test_nodes_of_our_own_are_heard_together():
 def test_a_superlink_that_is_not_there_is_no_answer():
     with pytest.raises(httpx.ConnectError):
         GridPost(Odd(answers={"0": httpx.ConnectError("refused")})).collect(["0"])
+
+
+def test_an_answer_that_is_still_being_brought_does_not_hold_up_the_others(monkeypatch):
+    monkeypatch.setattr("anyrank.flower.grid._BRISK", 0.05)
+    letters = {str(i): Letter({"n": i}) for i in range(3)}
+    brought = threading.Event()
+
+    class Slow(Odd):
+        def pull_messages(self, message_ids):
+            came = super().pull_messages(message_ids)
+            if came and "1" in message_ids:
+                brought.wait(60)
+            return came
+
+    post = GridPost(Slow(answers={number: reply(to_flower(letter), to=number) for number, letter in letters.items()}))
+    assert post.collect(["0", "1", "2"]) == {number: letters[number] for number in ("0", "2")}
+    assert post.collect(["1"]) == {}
+    brought.set()
+    until = time.monotonic() + 30
+    while not (found := post.collect(["1"])) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert found == {"1": letters["1"]}
+    assert post.collect(["1"]) == {}

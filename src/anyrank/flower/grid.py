@@ -1,6 +1,8 @@
 """Letters as Flower's messages, and Flower's grid as a post."""
 
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Collection, Mapping, Sequence, Set
+from concurrent.futures import Future
+from threading import Thread
 from typing import Any
 
 import httpx
@@ -10,6 +12,8 @@ from flwr.serverapp import Grid
 from anyrank.flower.letter import Letter
 
 __all__ = ["GridPost", "from_flower", "to_flower"]
+
+_BRISK = 0.5  # seconds that one answer may hold up the others
 
 _KINDS = {"train": MessageType.TRAIN, "evaluate": MessageType.EVALUATE}
 
@@ -46,6 +50,7 @@ class GridPost:
     def __init__(self, grid: Grid, *, ttl: float | None = None, trusted: bool = False):
         """Nothing is sent yet."""
         self._grid, self._ttl, self._trusted = grid, ttl, trusted
+        self._coming: dict[str, Future[Sequence[Any]]] = {}  # answers that are still being brought
 
     def nodes(self) -> Set[int]:
         """Who is connected now."""
@@ -71,14 +76,36 @@ class GridPost:
         # Which number an answer was fetched by counts: a node could name one that another was asked under.
         return {number: _read(message) for number in numbers for message in self._fetched(number)}
 
-    def _fetched(self, number: str) -> Iterable[Any]:
-        """The answer, if it has come; what Flower raises over it, if it cannot read it."""
+    def _fetched(self, number: str) -> Sequence[Any]:
+        """The answer, if all of it has come; what Flower raises over it, if it cannot read it.
+
+        Of an answer that is being brought Flower waits for the rest, for minutes if its client has gone meanwhile. That is
+        left to a thread, so that a deadline holds and the others are heard.
+        """
+        coming = self._coming.pop(number, None)
+        patience = 0.0 if coming else _BRISK
+        coming = coming or self._fetch(number)
         try:
-            return self._grid.pull_messages([number])
+            return coming.result(patience)
         except httpx.HTTPError:  # it is the SuperLink that does not answer
             raise
         except Exception as error:
-            return [error]
+            if coming.done():
+                return [error]
+            self._coming[number] = coming
+            return []
+
+    def _fetch(self, number: str) -> Future[Sequence[Any]]:
+        future: Future[Sequence[Any]] = Future()
+
+        def fetch() -> None:
+            try:
+                future.set_result([*self._grid.pull_messages([number])])
+            except BaseException as error:
+                future.set_exception(error)
+
+        Thread(target=fetch, daemon=True).start()
+        return future
 
 
 def _read(came: Any) -> Letter:
