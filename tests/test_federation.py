@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,16 @@ from safetensors.torch import load_file
 pytest.importorskip("flwr")
 
 import anyrank
+from anyrank.federation import Device, make_task
+from anyrank.flower.answers import Agreed
+from anyrank.flower.letter import Letter
 from anyrank.flower.programs import free_port
+from anyrank.flower.site import Site
+from anyrank.flower.worker import ask
+from anyrank.job import method_of
+from anyrank.messages import pack_task, unpack_update
 from anyrank.record import RunFolder
+from federations import PROFILE
 from test_deployed import assert_alike, without_times
 from tiny import recipe_toml, write_model, write_reviews
 
@@ -262,3 +271,45 @@ def test_a_client_is_killed_and_the_server_is_killed_and_both_come_back(place, p
 
 def played(run: Path) -> int:
     return len(RunFolder.open(run).records()) if (run / "rounds.jsonl").exists() else 0
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
+)  # the worker outlives whoever starts it
+def test_a_warm_worker_needs_neither_model_nor_data_again(place, tmp_path, capsys):
+    """Both are gone from the disk when it trains. What it saves is measured, and printed."""
+    model, data = tmp_path / "model", tmp_path / "bay.csv"
+    shutil.copytree(place / "model", model)
+    shutil.copy(place / "clients" / "bay.csv", data)
+    recipe = anyrank.load_recipe(recipe_file(place, "hetlora"), {"model.name": str(model)})
+    settings = {
+        "client": "bay",
+        "source": str(data),
+        "folder": str(tmp_path / "state"),
+        "kind": "weak",
+        "profile": None,
+    }
+    values = {"recipe": recipe.model_dump(mode="json"), "compression": "none", "label_names": ["kind", "unkind"]}
+    hello = Letter({"ask": "hello", "run": "r", **values})
+
+    def timed(do: Callable[[], Letter]) -> tuple[float, Letter]:
+        began = time.perf_counter()
+        letter = do()
+        return time.perf_counter() - began, letter
+
+    cold, answer = timed(lambda: ask(settings, hello))
+    shutil.rmtree(model)
+    data.unlink()
+    warm, again = timed(lambda: ask(settings, hello))
+    assert again == answer
+    assert "error" in Site("bay", str(data), tmp_path / "other", kind="weak").answer(hello).values
+
+    method, spec = method_of(recipe), replace(Agreed.read(recipe, answer).spec, levels=(1,))
+    (plan,) = method.assign(method.init(spec), [Device("bay", "weak", PROFILE, rank=1, num_examples=27, steps=3)])
+    task = make_task(method, method.init(spec), plan)
+    values = {"ask": "task", "run": "r", "levels": [1], "kind": "train", "round": 1}
+    reply = ask(settings, Letter(values, pack_task(task, spec)))
+    assert unpack_update(reply.payload, task).metrics["loss"] > 0
+    ask(settings, Letter({"ask": "bye", "run": "r"}))
+    with capsys.disabled():
+        print(f"\na client's start {cold:.1f} s, with a warm worker {warm:.3f} s", flush=True)
