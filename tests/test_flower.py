@@ -47,6 +47,7 @@ from anyrank.flower.keys import make_keys
 from anyrank.flower.letter import Letter
 from anyrank.flower.link import Order, _Members, serving, status
 from anyrank.flower.programs import environment, running
+from anyrank.flower.server import recipe_of
 from anyrank.flower.worker import _socket, ask
 from tiny import recipe_toml, write_model, write_reviews
 
@@ -354,8 +355,25 @@ def test_what_a_run_cannot_be_ordered_with(tmp_path, changes, said):
 
 
 def test_no_server_to_hand_a_run_to(tmp_path):
+    (tmp_path / "config.toml").write_text(
+        f'[superlink.anyrank]\naddress = "127.0.0.1:{free_port()}"\ninsecure = true\n'
+    )
     with pytest.raises(TransportError, match=rf"no server answers for {tmp_path}"):
         status(tmp_path)
+    with pytest.raises(TransportError, match=r"no server answers for .*typo"):
+        status(tmp_path / "typo")
+    assert not (tmp_path / "typo").exists()
+
+
+def test_the_recipe_of_the_walk_through(tmp_path):
+    """It names neither source nor partition, and those that are named are the clients' affair."""
+    page = Path(anyrank.__file__).parents[2] / "docs" / "flower.md"
+    text = page.read_text().partition("```toml\n")[2].partition("```")[0]
+    (tmp_path / "recipe.toml").write_text(text)
+    (tmp_path / "parted.toml").write_text(f'{text}\n[partition]\nname = "iid"\nclients = 7\n')
+    recipe = recipe_of(tmp_path / "recipe.toml", ["rounds=3"])
+    assert recipe == recipe_of(tmp_path / "parted.toml", ["rounds=3"])
+    assert (recipe.rounds, recipe.partition["name"], recipe.data.source) == (3, "by_column", "the clients")
 
 
 def test_a_key_that_is_none_keeps_nobody_else_out(tmp_path, monkeypatch, capsys):
@@ -461,6 +479,21 @@ def test_patience_begins_anew_with_a_supernode_that_was_let_in(tmp_path, monkeyp
     with pytest.raises(TransportError, match="it is not let in"):
         _take_part([], {}, "it is not let in", "ann", None)
     assert not refused
+
+
+def test_a_supernode_that_ends_is_started_anew(monkeypatch, capsys):
+    """It does so when a server comes up in which it is not known yet, or when somebody kills it."""
+    ends = [(0, ["SuperNode ID: 5", "401 Unauthorized"]), (-9, ["SuperNode ID: 5"]), (1, ["... [code: 2004]"]), (3, [])]
+    monkeypatch.setattr(anyrank.flower.join, "_AGAIN", 0.0)
+    monkeypatch.setattr(anyrank.flower.join, "_supernode", lambda command, env: ends.pop(0))
+    with pytest.raises(TransportError, match=r"exit status 3\) before the server let it in"):
+        _take_part([], {}, "it is not let in", "ann", None)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[2][:60] for line in said] == [
+        "Flower's SuperNode has ended (exit status 0); it is started ",
+        "Flower's SuperNode has ended (signal 9); it is started anew",
+        "it is not let in. Either it does not know --key None: its pu",
+    ]
 
 
 class Clock(http.server.BaseHTTPRequestHandler):

@@ -304,7 +304,7 @@ def push(
     console.print(f"Uploaded: {hub.push(folder, name, private=private)}", soft_wrap=True)
 
 
-flower = typer.Typer(help="Runs on several machines, through Flower (extra anyrank[flower]).", no_args_is_help=True)
+flower = typer.Typer(help="Runs on several machines, through Flower (extra anyrank\\[flower]).", no_args_is_help=True)
 app.add_typer(flower, name="flower")
 Insecure = Annotated[bool, typer.Option("--insecure", help="Without TLS and keys: on one machine only.")]
 
@@ -424,7 +424,12 @@ def flower_run(
         compression=compression,
         times=times,
     )
-    if not play(state, order, link=link):
+    try:
+        well = play(state, order, link=link)
+    except KeyboardInterrupt:
+        console.print(f"The run goes on; anyrank flower status --state {state} shows how far it is.", soft_wrap=True)
+        raise
+    if not well:
         raise TransportError(f"the run did not end well; the same command goes on with it. Flower's log is in {state}.")
 
 
@@ -477,10 +482,11 @@ def client(
         raise ConfigError("--insecure goes without --ca and --key.")
     if not insecure and (missing := [name for name, file in (("--ca", ca), ("--key", key)) if file is None]):
         raise ConfigError(
-            f"{' and '.join(missing)} missing: ca.crt and clients/NAME from what `anyrank flower keys` made on the server."
+            f"{' and '.join(missing)}: missing. Name ca.crt and clients/NAME of what `anyrank flower keys` made on the server, "
+            "or --insecure on one machine alone."
         )
     stop_when_told()
-    sys.exit(join(server, name=name, data=data, ca=ca, key=key, device=device, profile=profile, state=state))
+    join(server, name=name, data=data, ca=ca, key=key, device=device, profile=profile, state=state)
 
 
 def _need_flower() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
@@ -45,7 +45,7 @@ def join(
     device: str | None,
     profile: Path | None,
     state: Path | None,
-) -> int:
+) -> NoReturn:
     """Be a client until interrupted. A server that is not there, or no longer, is waited for.
 
     Args:
@@ -58,13 +58,10 @@ def join(
         profile: what `anyrank probe` printed.
         state: a folder for what it keeps.
 
-    Returns:
-        the SuperNode's exit status.
-
     Raises:
         ConfigError: a file, a name or an address that cannot be used, a folder in which another client keeps its own, a server
             that is another one, a clock that is wrong.
-        TransportError: the server does not let this client in.
+        TransportError: the server does not let this client in, or Flower's SuperNode cannot run.
     """
     check_name("--name", name)
     host, _, port = server.rpartition(":")
@@ -103,31 +100,36 @@ def join(
                 f"--state {state}: another client on this machine keeps its own there; name another folder, or end that client."
             ) from error
         _meet(host.strip("[]"), int(port), ca)
-        return _take_part(command, env, f"the server at {server} does not let this client in", name, key)
+        _take_part(command, env, f"the server at {server} does not let this client in", name, key)
 
 
-def _take_part(command: Sequence[str], env: dict[str, str], refused: str, name: str, key: Path | None) -> int:
-    """Have SuperNodes run until one ends for another reason than that it is not let in for a moment.
+def _take_part(command: Sequence[str], env: dict[str, str], refused: str, name: str, key: Path | None) -> NoReturn:
+    """Have one SuperNode run after another. Each ends when the server is another one, which does not know it.
 
     Raises:
-        TransportError: it is not let in for longer.
+        TransportError: it is not let in, or ends before that for another reason.
     """
     until = time.monotonic() + _PATIENCE
     while True:
         began = time.monotonic()
         status, said = _supernode(command, env)
-        if not status or not any(_NOT_LET_IN in line for line in said):
-            return status
-        if time.monotonic() - began > _SURELY_IN or any(_LET_IN in line for line in said):
-            until = time.monotonic() + _PATIENCE  # it had been let in
-        reason = (
-            f"{refused}. Either it does not know --key {key}: its public half, "
-            f"{name}.pub, has to lie in the folder clients/ of the server's keys. Or this client was killed a moment ago, and "
-            "the server has not noticed yet"
-        )
-        if time.monotonic() > until:
-            raise TransportError(f"{reason}.")
-        print(f"anyrank: {reason}: trying again, for {until - time.monotonic():.0f} s", flush=True)
+        ended = f"Flower's SuperNode has ended ({f'signal {-status}' if status < 0 else f'exit status {status}'})"
+        was_in = time.monotonic() - began > _SURELY_IN or any(_LET_IN in line for line in said)
+        if was_in:
+            until = time.monotonic() + _PATIENCE
+        if any(_NOT_LET_IN in line for line in said):
+            reason = (
+                f"{refused}. Either it does not know --key {key}: its public half, "
+                f"{name}.pub, has to lie in the folder clients/ of the server's keys. Or this client was killed a moment ago, "
+                "and the server has not noticed yet"
+            )
+            if time.monotonic() > until:
+                raise TransportError(f"{reason}.")
+            print(f"anyrank: {reason}: trying again, for {until - time.monotonic():.0f} s", flush=True)
+        elif was_in:
+            print(f"anyrank: {ended}; it is started anew", flush=True)
+        else:
+            raise TransportError(f"{ended} before the server let it in; see what it has said above.")
         time.sleep(_AGAIN)
 
 

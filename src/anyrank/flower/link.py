@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from anyrank.errors import AnyrankError, ConfigError, TransportError
 from anyrank.flower.guard import Guard
 from anyrank.flower.programs import LOOPBACK, check_there, environment, free_port, program, running
-from anyrank.job import load_recipe
+from anyrank.flower.server import recipe_of
 from anyrank.paths import replace_file
 from anyrank.record import RunFolder
 
@@ -66,7 +66,7 @@ class Order:
 
     def __post_init__(self):
         """Refuse what cannot be played before anything is started."""
-        load_recipe(self.recipe, ["data.source=each client", *self.settings])
+        recipe_of(self.recipe, self.settings)
         for name, value, allowed in (
             ("compression", self.compression, ("none", "fp16", "int8")),
             ("times", self.times, ("measured", "profile")),
@@ -295,6 +295,9 @@ def _flwr(folder: Path, *arguments: str, let_pass: str = "") -> dict[str, Any]:
         arguments: of the command.
         let_pass: what its error may say.
     """
+    nobody = TransportError(f"no server answers for {folder}; is `anyrank flower server --state {folder}` running?")
+    if not (folder / "config.toml").exists():  # Flower would make the folder
+        raise nobody
     found = subprocess.run(
         [program("flwr"), *arguments, "--format", "json"],
         env=environment(folder),
@@ -309,9 +312,7 @@ def _flwr(folder: Path, *arguments: str, let_pass: str = "") -> dict[str, Any]:
     said = answer.get("error-message", "").strip()
     if not answer["success"] and not (let_pass and let_pass in said):
         if "unavailable" in said or "not found in" in said:
-            raise TransportError(
-                f"no server answers for {folder}; is `anyrank flower server --state {folder}` running?"
-            )
+            raise nobody
         raise TransportError(f"flwr {arguments[0]}: {said[-500:]}")
     return answer
 

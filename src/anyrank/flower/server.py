@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from anyrank import config
 from anyrank.adapter import Adapter
 from anyrank.api import Observer, described, description, play_rounds
 from anyrank.baselines import Cohort
@@ -29,14 +30,26 @@ from anyrank.errors import ConfigError, RecordError, RoundFailed, TransportError
 from anyrank.federation import Device, Failure, Profile, Spec, Task, Update, make_task
 from anyrank.flower.answers import Agreed, Hello, clean, difference, union
 from anyrank.flower.letter import Letter
-from anyrank.job import Job, Outline, learner, local_of, method_of, problem_of, profiles, ranked, steps_of, topology_of
+from anyrank.job import (
+    Job,
+    Outline,
+    learner,
+    load_recipe,
+    local_of,
+    method_of,
+    problem_of,
+    profiles,
+    ranked,
+    steps_of,
+    topology_of,
+)
 from anyrank.messages import Compression, pack_task, unpack_update
 from anyrank.problem import Answers, Metric
 from anyrank.record import RunFolder
 from anyrank.results import own_plans
 from anyrank.train import Score, evaluate
 
-__all__ = ["Clients", "Post", "play"]
+__all__ = ["Clients", "Post", "play", "recipe_of"]
 
 _TRIES = 3  # at rounds without a quorum, in the course of a run
 _QUESTION, _FAREWELL = 600.0, 30.0  # seconds for an answer to a question, where there is no longer deadline
@@ -501,6 +514,20 @@ class Clients:
         here, bye = self.post.nodes(), Letter({"ask": "bye", "run": self.run_name})
         self.post.send(dict.fromkeys(sorted(here - self._met), bye))
         self._ask(dict.fromkeys(sorted(here & self._met), bye), _FAREWELL)
+
+
+def recipe_of(file: Path, settings: Sequence[str]) -> Recipe:
+    """A recipe as clients on machines of their own play it: their source and how it is parted are their affair.
+
+    Args:
+        file: the recipe, which need not say either.
+        settings: `key=value`, over the recipe's.
+
+    Raises:
+        ConfigError: with all problems of the recipe.
+    """
+    theirs = {"data.source": "the clients", "partition.name": "by_column", "partition.column": "file"}
+    return load_recipe(file, {**config.parse_overrides(settings), **theirs})
 
 
 def play(

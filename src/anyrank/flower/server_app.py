@@ -12,12 +12,10 @@ from flwr.app import Context
 from flwr.serverapp import Grid
 from rich.console import Console
 
-from anyrank import config
 from anyrank.display import LiveObserver, summary
 from anyrank.errors import ConfigError
 from anyrank.flower.grid import GridPost
-from anyrank.flower.server import Clients, play
-from anyrank.job import load_recipe
+from anyrank.flower.server import Clients, play, recipe_of
 from anyrank.record import RunFolder
 
 __all__ = ["main"]
@@ -33,8 +31,8 @@ def main(grid: Grid, context: Context) -> None:
     settings = context.run_config
     if not settings["recipe"] or not settings["out"]:
         raise ConfigError("recipe, out: the run's configuration has to name both, as absolute paths on the server.")
-    changes = {"data.source": "each client", **config.parse_overrides(json.loads(str(settings["settings"])))}
-    recipe, out = load_recipe(Path(str(settings["recipe"])), changes), Path(str(settings["out"]))
+    recipe = recipe_of(Path(str(settings["recipe"])), json.loads(str(settings["settings"])))
+    out = Path(str(settings["out"]))
     console = Console(markup=False, force_terminal=False, width=128)
     with LiveObserver(console) as observer:
         clients = Clients(
