@@ -46,9 +46,6 @@ name = "all-MiniLM-L6-v2"
 name = "classification"
 text = ["signature", "docstring"]
 max_length = 64
-[partition]
-name = "by_column"
-column = "file"
 [train]
 batch_size = 8
 steps = {steps}

@@ -28,7 +28,7 @@ def overlap(data: Labelled) -> np.ndarray | None:
     labels = data.train["label"][:]
     if len(data.text) != 2 or len(set(labels)) < 2:
         return None
-    from sklearn.linear_model import LogisticRegression  # here, since it takes a second to import
+    from sklearn.linear_model import LogisticRegression  # here, since it takes long to import
 
     train, test = (_shared_words(part, data.text) for part in (data.train, data.test))
     return LogisticRegression().fit(train, labels).predict(test)

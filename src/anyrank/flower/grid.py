@@ -1,7 +1,7 @@
 """Letters as Flower's messages, and Flower's grid as a post."""
 
 from collections.abc import Collection, Mapping, Sequence, Set
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from threading import Thread
 from typing import Any
 
@@ -82,18 +82,17 @@ class GridPost:
         Of an answer that is being brought Flower waits for the rest, for minutes if its client has gone meanwhile. That is
         left to a thread, so that a deadline holds and the others are heard.
         """
-        coming = self._coming.pop(number, None)
-        patience = 0.0 if coming else _BRISK
-        coming = coming or self._fetch(number)
+        known = self._coming.pop(number, None)
+        coming = known or self._fetch(number)
+        if not wait([coming], 0.0 if known else _BRISK).done:
+            self._coming[number] = coming
+            return []
         try:
-            return coming.result(patience)
+            return coming.result()
         except httpx.HTTPError:  # it is the SuperLink that does not answer
             raise
         except Exception as error:
-            if coming.done():
-                return [error]
-            self._coming[number] = coming
-            return []
+            return [error]
 
     def _fetch(self, number: str) -> Future[Sequence[Any]]:
         future: Future[Sequence[Any]] = Future()

@@ -1,6 +1,6 @@
 """Metrics by scikit-learn and SciPy.
 
-They are imported when a score is worked out: every process would spend a second on it, and most never do.
+They are imported when a score is worked out: it takes most of a second, and many processes never do.
 """
 
 from collections.abc import Callable

@@ -14,8 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from anyrank.flower.grid import GridPost
 from anyrank.flower.letter import Letter
-from anyrank.flower.server import Clients, Post, play
-from anyrank.job import load_recipe
+from anyrank.flower.server import Clients, Post, play, recipe_of
 
 app = ServerApp()
 
@@ -113,6 +112,6 @@ def _echo(post: Noting, clients: int, rounds: int, size: int) -> None:
 
 
 def _play(post: Noting, settings: Mapping[str, Any]) -> None:
-    recipe = load_recipe(Path(settings["recipe"]), {"data.source": "each client"})
+    recipe = recipe_of(Path(settings["recipe"]), [])
     clients = Clients(post, recipe, run=uuid.uuid4().hex, compression=settings["compression"], measured=True)
     play(recipe, Path(settings["out"]), clients, count=int(settings["clients"]))
